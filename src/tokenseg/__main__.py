@@ -1,0 +1,10 @@
+"""`python -m tokenseg`."""
+
+from __future__ import annotations
+
+import sys
+
+from tokenseg.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
