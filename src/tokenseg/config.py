@@ -147,9 +147,9 @@ PRESETS: dict[PresetName, NetworkConfig] = {
     "tiny": NetworkConfig(
         widths=(8, 12, 16, 24), blocks=(1, 1, 1, 1), token_width=32, codebook_size=64, mixer_layers=1
     ),
-    "small": NetworkConfig(widths=(24, 48, 96, 192)),
+    "small": NetworkConfig(widths=(32, 64, 128, 192)),
     "base": NetworkConfig(
-        widths=(64, 128, 256, 512), token_width=256, codebook_size=4096, mixer_layers=4
+        widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4
     ),
 }
 

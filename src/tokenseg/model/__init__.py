@@ -1,0 +1,1 @@
+"""The network: one file a part of the paper. Start at `network.py`."""

@@ -1,0 +1,86 @@
+"""The coarse grid of cells laid over a feature map, and the two linear maps between cells and voxels.
+
+Paper: tokens are pooled from non-overlapping local cells of each pyramid level. With 4 x 5 x 5 cells a level and four
+levels there are N = 400 candidates. Both maps are separable products with small matrices that are built from the
+run-time size: cheaper on a CPU than adaptive pooling and trilinear resizing at full channel width, and exportable with
+dynamic shapes.
+
+Feature maps are (B, W, X, Y, Z) stored channels-last, so that a row of channels is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokenseg.shapes import Features
+
+
+def pool_cells(features: Features, grid: tuple[int, int, int]) -> Float[Tensor, "B x y z W"]:
+    """Average `features` over the cells of `grid`, like adaptive average pooling.
+
+    A map with fewer voxels than cells along an axis gives neighbouring cells the same voxel.
+    """
+    cells = features.permute(0, 2, 3, 4, 1)
+    for axis, count in enumerate(grid, start=1):
+        cells = _along(cells, _pooling(cells.shape[axis], count, like=features), axis)
+    return cells
+
+
+def expand_cells(cells: Float[Tensor, "B x y z W"], size: tuple[int, int, int]) -> Features:
+    """Interpolate cell values linearly, from cell centre to cell centre, onto a map of `size` voxels."""
+    voxels = cells
+    for axis, count in enumerate(size, start=1):
+        voxels = _along(voxels, _interpolation(count, cells.shape[axis], like=cells), axis)
+    return voxels.permute(0, 4, 1, 2, 3)
+
+
+def cell_boxes_vox(
+    level_sizes: list[tuple[int, int, int]],
+    level_strides: list[tuple[int, int, int]],
+    grid: tuple[int, int, int],
+    image_size: tuple[int, int, int],
+) -> Int[Tensor, "N 2 3"]:
+    """Corners (first voxel, one past the last) of every cell in voxels of the input, level after level.
+
+    Cells that lie wholly in padding have an empty box at the image's edge.
+    """
+    levels = []
+    for size, stride in zip(level_sizes, level_strides, strict=True):
+        starts, stops = [], []
+        for axis in range(3):
+            first, last = _cell_bounds(size[axis], grid[axis], torch.device("cpu"))
+            starts.append((first * stride[axis]).clamp(max=image_size[axis]))
+            stops.append((last * stride[axis]).clamp(max=image_size[axis]))
+        start, stop = (torch.stack(torch.meshgrid(*corner, indexing="ij"), dim=-1) for corner in (starts, stops))
+        levels.append(torch.stack([start.reshape(-1, 3), stop.reshape(-1, 3)], dim=1))
+    return torch.cat(levels)
+
+
+def _along(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Multiply `matrix` (out, in) into one axis of `values`, keeping all others."""
+    before, after = values.shape[:axis], values.shape[axis + 1 :]
+    columns = values.reshape(*before, values.shape[axis], -1)
+    return torch.matmul(matrix, columns).reshape(*before, matrix.shape[0], *after)
+
+
+def _cell_bounds(size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    cell = torch.arange(count, device=device)
+    start = torch.div(cell * size, count, rounding_mode="floor")
+    stop = torch.div((cell + 1) * size + (count - 1), count, rounding_mode="floor")
+    return start, stop
+
+
+def _pooling(size: int, count: int, *, like: Tensor) -> Tensor:
+    start, stop = _cell_bounds(size, count, like.device)
+    voxel = torch.arange(size, device=like.device)
+    inside = ((voxel >= start[:, None]) & (voxel < stop[:, None])).to(like.dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
+def _interpolation(size: int, count: int, *, like: Tensor) -> Tensor:
+    voxel = torch.arange(size, device=like.device, dtype=torch.float32)
+    position = ((voxel + 0.5) * (count / size) - 0.5).clamp(0, count - 1)
+    cell = torch.arange(count, device=like.device, dtype=torch.float32)
+    return (1 - (position[:, None] - cell).abs()).clamp(min=0).to(like.dtype)

@@ -1,0 +1,69 @@
+"""Sparse-to-dense decoder: kept tokens and pyramid -> full-resolution logits.
+
+Paper: token reprojection, progressive upsampling, skip connections, cross-level fusion. Differs: reprojection starts at
+zero, so that the network starts as its own token-free twin, and cells without a kept token keep their own features;
+upsampling is sub-pixel (a linear layer, then depth-to-space), which is exact on odd sizes after cropping.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenseg.model.blocks import ConvBlock, Stride, depth_to_space, pointwise
+from tokenseg.model.cells import expand_cells
+from tokenseg.shapes import Features, Logits, Tokens
+
+
+class Reprojection(nn.Module):
+    """Add each kept token to its cell at its level."""
+
+    def __init__(self, widths: tuple[int, ...], token_width: int, grid: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.project = nn.ModuleList(nn.Linear(token_width, width, bias=False) for width in widths)
+        for layer in self.project:
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, pyramid: list[Features], tokens: Tokens) -> list[Features]:
+        """Return the pyramid with `tokens` (zero where not kept) spread linearly from the cell centres."""
+        levels = tokens.chunk(len(pyramid), dim=1)
+        fused = []
+        for features, layer, cells in zip(pyramid, self.project, levels, strict=True):
+            change = layer(cells).unflatten(1, self.grid).to(features.dtype)
+            x, y, z = features.shape[2:]
+            fused.append(features + expand_cells(change, (x, y, z)))
+        return fused
+
+
+class SparseToDenseDecoder(nn.Module):
+    """From 1/16 to 1/2 by sub-pixel upsampling, skip and one convolution a level; logits at full resolution."""
+
+    def __init__(self, widths: tuple[int, ...], strides: tuple[Stride, ...], num_outputs: int) -> None:
+        super().__init__()
+        self.strides = strides
+        self.upsample = nn.ModuleList(
+            nn.Linear(widths[level + 1], widths[level] * _product(strides[level + 1]), bias=False)
+            for level in range(len(widths) - 1)
+        )
+        self.fuse = nn.ModuleList(ConvBlock(width, width) for width in widths[:-1])
+        self.head = nn.Linear(widths[0], num_outputs * _product(strides[0]))
+        self.deep_heads = nn.ModuleList(nn.Linear(width, num_outputs) for width in widths[1:3])
+
+    def forward(self, pyramid: list[Features]) -> tuple[Logits, tuple[Logits, ...]]:
+        """Return logits at full resolution and, in training, deep-supervision logits at 1/4 and 1/8."""
+        features, deep = pyramid[-1], []
+        for level in reversed(range(len(self.fuse))):
+            raised = depth_to_space(pointwise(features, self.upsample[level]), self.strides[level + 1])
+            skip = pyramid[level]
+            x, y, z = skip.shape[2:]
+            features = self.fuse[level](raised[:, :, :x, :y, :z] + skip)
+            if self.training and level in (1, 2):
+                deep.append(pointwise(features, self.deep_heads[level - 1]).permute(0, 4, 1, 2, 3))
+        logits = depth_to_space(pointwise(features, self.head), self.strides[0])
+        return logits, tuple(reversed(deep))
+
+
+def _product(stride: Stride) -> int:
+    return stride[0] * stride[1] * stride[2]

@@ -1,0 +1,70 @@
+"""Hierarchical encoder: volume -> four-level pyramid -> candidate tokens.
+
+Paper: a feature pyramid with levels at 1/2, 1/4, 1/8 and 1/16; at each level local cells are pooled into tokens, 400
+candidates in all. Differs: no stage at full resolution. Space-to-depth brings all voxels into channels at 1/2, so
+nothing is lost, and what runs at stride 1 decides the cost. An axis that is coarse already is not pooled.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenseg.model.blocks import ConvBlock, ResidualBlock, Stride, space_to_depth
+from tokenseg.model.cells import pool_cells
+from tokenseg.shapes import Features, Images, Tokens
+
+
+class HierarchicalEncoder(nn.Module):
+    """Residual convolution stages, one a level.
+
+    Args:
+        image_channels: C, channels of the image.
+        widths: W of each level.
+        blocks: Residual depth of each level; the first block of a level changes width and stride.
+        strides: Down-sampling of each level against the one before it.
+    """
+
+    def __init__(
+        self, image_channels: int, widths: tuple[int, ...], blocks: tuple[int, ...], strides: tuple[Stride, ...]
+    ) -> None:
+        super().__init__()
+        self.stem_stride = strides[0]
+        sx, sy, sz = self.stem_stride
+        stages = [_stage(image_channels * sx * sy * sz, widths[0], blocks[0], (1, 1, 1))]
+        for level in range(1, len(widths)):
+            stages.append(_stage(widths[level - 1], widths[level], blocks[level], strides[level]))
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, images: Images) -> list[Features]:
+        """Return the pyramid, finest level first; image sizes must be multiples of the first stride."""
+        features = space_to_depth(images, self.stem_stride)
+        pyramid = []
+        for stage in self.stages:
+            features = stage(features)
+            pyramid.append(features)
+        return pyramid
+
+
+class CandidateTokens(nn.Module):
+    """Pool every level over the same grid of cells and project to the token width."""
+
+    def __init__(self, widths: tuple[int, ...], token_width: int, grid: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.project = nn.ModuleList(nn.Linear(width, token_width) for width in widths)
+        self.norm = nn.LayerNorm(token_width)
+
+    def pool(self, pyramid: list[Features]) -> list[Float[Tensor, "B n W"]]:
+        """Cell averages of each level, (B, 100, W), in full precision."""
+        return [pool_cells(features, self.grid).flatten(1, 3).float() for features in pyramid]
+
+    def forward(self, pooled: list[Float[Tensor, "B n W"]]) -> Tokens:
+        """Join the levels into (B, N, F), finest level first."""
+        return self.norm(torch.cat([layer(cells) for layer, cells in zip(self.project, pooled, strict=True)], dim=1))
+
+
+def _stage(channels_in: int, channels_out: int, depth: int, stride: Stride) -> nn.Sequential:
+    residual = [ResidualBlock(channels_out) for _ in range(depth - 1)]
+    return nn.Sequential(ConvBlock(channels_in, channels_out, stride), *residual)

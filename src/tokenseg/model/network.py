@@ -1,0 +1,163 @@
+"""TokenSeg: hierarchical encoder -> boundary-aware tokenizer -> sparse-to-dense decoder.
+
+Follow a volume through `TokenSeg.forward`: pad, pyramid, 400 candidate tokens, codes, importance, 100 kept tokens,
+mixed, put back into the pyramid, decoded, cropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tokenseg.config import NetworkConfig, Plan
+from tokenseg.model.blocks import full_precision
+from tokenseg.model.cells import cell_boxes_vox
+from tokenseg.model.decoder import Reprojection, SparseToDenseDecoder
+from tokenseg.model.encoder import CandidateTokens, HierarchicalEncoder
+from tokenseg.model.importance import Importance, ImportanceScore, cell_gradient
+from tokenseg.model.mixer import TokenMixer
+from tokenseg.model.quantizer import Quantized, VectorQuantizer, build_quantizer
+from tokenseg.model.selection import gather_tokens, scatter_tokens, select_tokens
+from tokenseg.shapes import Codes, Features, Images, Logits, TokenFlags, Tokens
+
+
+class TokenRecord(NamedTuple):
+    """What the tokenizer did with the candidates; metrics and pictures are made from it."""
+
+    boxes_vox: Int[Tensor, "N 2 3"]
+    """Cell corners in voxels of the input: first voxel, one past the last."""
+    level: Int[Tensor, " N"]
+    """Pyramid level of each candidate, 0 = 1/2."""
+    codes: Codes
+    """Codebook entry of each candidate; -1 without a codebook."""
+    importance: Importance
+    """The three terms, their joined score, and the logits behind them."""
+    kept: TokenFlags
+    """Whether each candidate was kept."""
+    commitment_loss: Float[Tensor, ""]
+    """Mean squared distance of tokens to their codes; 0 outside training."""
+
+
+class TokenSegOutput(NamedTuple):
+    """Result of one forward pass."""
+
+    logits: Logits
+    """Full resolution, the input's own size: labels with background (softmax) or regions (sigmoid)."""
+    deep_logits: tuple[Logits, ...]
+    """Logits at 1/4 and 1/8 in training, else empty."""
+    tokens: TokenRecord | None
+    """None where the network has no token path."""
+
+
+class TokenSeg(nn.Module):
+    """The network of the paper, on a dataset's plan.
+
+    Args:
+        config: Size and parts.
+        plan: Gives channels, outputs, strides, cell grid and voxel spacing.
+    """
+
+    def __init__(self, config: NetworkConfig, plan: Plan) -> None:
+        super().__init__()
+        self.num_kept, self.grid, self.strides = config.num_kept, plan.grid, plan.strides
+        self.encoder = HierarchicalEncoder(len(plan.channels), config.widths, config.blocks, plan.strides)
+        self.tokenizer = Tokenizer(config, plan) if config.tokens else None
+        self.decoder = SparseToDenseDecoder(config.widths, plan.strides, plan.num_outputs)
+        # Convolutions on channels-last maps are several times faster on a CPU.
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, images: Images, num_kept: int | None = None) -> TokenSegOutput:
+        """Segment a batch of any size.
+
+        Args:
+            images: Normalised intensities on the plan's grid; at least one voxel along each axis.
+            num_kept: K for this pass; None takes the configured one.
+        """
+        x, y, z = images.shape[2:]
+        padded = nn.functional.pad(images, self._padding((x, y, z)))
+        pyramid: list[Features] = self.encoder(padded)
+        tokens = None
+        if self.tokenizer is not None:
+            boxes = self._boxes(pyramid, (x, y, z))
+            pyramid, tokens = self.tokenizer(padded, pyramid, boxes, num_kept or self.num_kept)
+        logits, deep_logits = self.decoder(pyramid)
+        return TokenSegOutput(logits[:, :, :x, :y, :z], deep_logits, tokens)
+
+    def _padding(self, size: tuple[int, int, int]) -> list[int]:
+        """Zeros appended to each axis: a multiple of the first stride, and two voxels left at the last level.
+
+        Two, because instance norm needs more than one voxel, and bf16 convolutions on a CPU are wrong where a strided
+        one leaves a single voxel along the last axis (pytorch issue 169688).
+        """
+        padding = []
+        for axis in (2, 1, 0):
+            first = self.strides[0][axis]
+            total = self._total_strides()[-1][axis]
+            missing = max(0, total + first - size[axis])
+            padding += [0, missing + (-(size[axis] + missing)) % first]
+        return padding
+
+    def _total_strides(self) -> list[tuple[int, int, int]]:
+        totals, current = [], (1, 1, 1)
+        for stride in self.strides:
+            current = (current[0] * stride[0], current[1] * stride[1], current[2] * stride[2])
+            totals.append(current)
+        return totals
+
+    def _boxes(self, pyramid: list[Features], size: tuple[int, int, int]) -> Int[Tensor, "N 2 3"]:
+        sizes = [(f.shape[2], f.shape[3], f.shape[4]) for f in pyramid]
+        return cell_boxes_vox(sizes, self._total_strides(), self.grid, size)
+
+
+class Tokenizer(nn.Module):
+    """The token path: candidates -> codes -> importance -> kept -> mixed -> back into the pyramid."""
+
+    def __init__(self, config: NetworkConfig, plan: Plan) -> None:
+        super().__init__()
+        width, self.num_levels = config.token_width, len(config.widths)
+        self.grid, self.stem_stride, self.spacing_mm = plan.grid, plan.strides[0], plan.spacing_mm
+        num_cells = plan.grid[0] * plan.grid[1] * plan.grid[2]
+        self.candidates = CandidateTokens(config.widths, width, plan.grid)
+        self.quantizer = build_quantizer(config.quantizer, config.codebook_size, width)
+        self.score = ImportanceScore(width, self.num_levels, learned=config.score == "learned")
+        # Added after quantisation, so that codes describe appearance and not place.
+        self.position = nn.Parameter(torch.randn(self.num_levels * num_cells, width) * 0.02)
+        self.mixer = TokenMixer(width, config.mixer_layers)
+        self.reproject = Reprojection(config.widths, width, plan.grid)
+
+    def forward(
+        self, images: Images, pyramid: list[Features], boxes_vox: Int[Tensor, "N 2 3"], num_kept: int
+    ) -> tuple[list[Features], TokenRecord]:
+        """Return the pyramid with the kept tokens added, and the record of what was kept."""
+        gradient = cell_gradient(images, self.stem_stride, self.spacing_mm, self.grid)
+        pooled = self.candidates.pool(pyramid)
+        with full_precision(images.device):
+            quantized, commitment_loss = self._quantize(pooled)
+            importance = self.score(quantized.tokens, gradient, self._rarity(quantized))
+            selection = select_tokens(importance.score, num_kept=num_kept, num_levels=self.num_levels)
+            gated = (quantized.tokens + self.position) * importance.score.unsqueeze(-1)
+            mixed = self.mixer(gather_tokens(gated, selection.index))
+            sparse = scatter_tokens(mixed, selection.index, gated.shape[1])
+            level = torch.arange(self.num_levels).repeat_interleave(gated.shape[1] // self.num_levels)
+        record = TokenRecord(boxes_vox, level, quantized.codes, importance, selection.kept, commitment_loss)
+        return self.reproject(pyramid, sparse), record
+
+    def _quantize(self, pooled: list[Float[Tensor, "B n W"]]) -> tuple[Quantized, Float[Tensor, ""]]:
+        tokens: Tokens = self.candidates(pooled)
+        if self.quantizer is None:
+            return Quantized(tokens, torch.full(tokens.shape[:2], -1, device=tokens.device)), tokens.new_zeros(())
+        quantized: Quantized = self.quantizer(tokens)
+        commitment_loss = tokens.new_zeros(())
+        if self.training and isinstance(self.quantizer, VectorQuantizer):
+            # Commitment pulls the projection towards the codes; the encoder is left to the segmentation.
+            detached = self.candidates([cells.detach() for cells in pooled])
+            commitment_loss = self.quantizer.commitment(detached, quantized.codes)
+        return quantized, commitment_loss
+
+    def _rarity(self, quantized: Quantized) -> Float[Tensor, "B N"]:
+        if self.quantizer is None:
+            return torch.zeros_like(quantized.tokens[..., 0])
+        return self.quantizer.usage.rarity(quantized.codes)
