@@ -1,1 +1,54 @@
-"""TokenSeg."""
+"""TokenSeg: efficient 3D medical image segmentation. Research software, not a medical device.
+
+    from tokenseg import load_model, read_volume, segment_volume
+
+    mask = segment_volume(load_model("run"), read_volume("scan.nii.gz", ("MRI",)))
+
+Public names are imported on first use, so that `import tokenseg` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenseg.checkpoint import Model, load_model
+    from tokenseg.data.volume import Volume, read_volume, write_mask
+    from tokenseg.errors import TokenSegError
+    from tokenseg.model.network import TokenSeg, TokenSegOutput
+    from tokenseg.segment import segment_volume
+
+__version__ = version("tokenseg")
+
+_HOME = {
+    "Model": "tokenseg.checkpoint",
+    "TokenSeg": "tokenseg.model.network",
+    "TokenSegError": "tokenseg.errors",
+    "TokenSegOutput": "tokenseg.model.network",
+    "Volume": "tokenseg.data.volume",
+    "load_model": "tokenseg.checkpoint",
+    "read_volume": "tokenseg.data.volume",
+    "segment_volume": "tokenseg.segment",
+    "write_mask": "tokenseg.data.volume",
+}
+
+__all__ = [
+    "Model",
+    "TokenSeg",
+    "TokenSegError",
+    "TokenSegOutput",
+    "Volume",
+    "__version__",
+    "load_model",
+    "read_volume",
+    "segment_volume",
+    "write_mask",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'tokenseg' has no attribute {name!r}")

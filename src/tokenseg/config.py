@@ -6,6 +6,7 @@ A file is checked as a whole: every fault in it is reported at once, with its do
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -16,9 +17,8 @@ from tokenseg.errors import ConfigError
 from tokenseg.files import write_atomically
 
 PresetName: TypeAlias = Literal["tiny", "small", "base"]
-Vox3: TypeAlias = tuple[
-    Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]
-]
+DeviceName: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+Vox3: TypeAlias = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Stride3: TypeAlias = tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Spacing3: TypeAlias = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
@@ -91,7 +91,7 @@ class Plan(Settings):
     """Windows a training step."""
     steps: Annotated[int, Field(ge=1)]
     """Training steps when neither --max-steps nor --max-minutes is given."""
-    reasons: dict[str, str] = {}
+    reasons: dict[str, str] = Field(default_factory=dict)
     """For each planned value the rule that gave it, in words."""
 
     @model_validator(mode="after")
@@ -148,9 +148,7 @@ PRESETS: dict[PresetName, NetworkConfig] = {
         widths=(8, 12, 16, 24), blocks=(1, 1, 1, 1), token_width=32, codebook_size=64, mixer_layers=1
     ),
     "small": NetworkConfig(widths=(32, 64, 128, 192)),
-    "base": NetworkConfig(
-        widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4
-    ),
+    "base": NetworkConfig(widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4),
 }
 
 
@@ -185,6 +183,45 @@ class RunConfig(Settings):
     train: TrainConfig = TrainConfig()
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How a run is asked for on the command line."""
+
+    preset: PresetName = "small"
+    """Size of the network: tiny (for tests), small (for a CPU), base (the paper's size)."""
+    fold: int = 0
+    """Which of the folds validates; the others train."""
+    max_minutes: float | None = None
+    """Time for training; the number of steps follows from a timed warm-up and is saved with the run."""
+    max_steps: int | None = None
+    """Number of training steps; without this and --max-minutes the plan says."""
+    config: Path | None = None
+    """TOML file with tables [plan], [network], [train] whose values replace planned ones."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads; all cores if not given."""
+    seed: int = 0
+    """Seed of weights and batches."""
+    resume: bool = False
+    """Go on with a run that was interrupted."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: Both limits are given, or a number is out of range.
+        """
+        if self.max_minutes is not None and self.max_steps is not None:
+            raise ConfigError("--max-minutes and --max-steps are both given; give one of them")
+        if self.max_minutes is not None and not 0 < self.max_minutes < float("inf"):
+            raise ConfigError(f"--max-minutes {self.max_minutes}: must be above 0")
+        for name, least in (("max_steps", 1), ("threads", 1), ("fold", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
 def read_overrides(path: Path) -> dict[str, dict[str, Any]]:
     """Read a user's TOML file: any subset of the tables `plan`, `network` and `train`.
 
@@ -201,7 +238,8 @@ def read_overrides(path: Path) -> dict[str, dict[str, Any]]:
     wrong = sorted(key for key, value in tables.items() if key not in allowed or not isinstance(value, dict))
     if wrong:
         raise ConfigError(
-            f"config file {path}: unknown top-level keys {', '.join(wrong)}; allowed are the tables [plan], [network], [train]"
+            f"config file {path}: unknown top-level keys {', '.join(wrong)}; "
+            "allowed are the tables [plan], [network], [train]"
         )
     return tables
 
@@ -217,12 +255,14 @@ def build_run_config(plan: Plan, network: NetworkConfig, overrides: dict[str, di
     return parse_settings(RunConfig, merged, source="config file")
 
 
-def parse_settings(kind: type[SettingsT], values: Any, *, source: str) -> SettingsT:
+def parse_settings(kind: type[SettingsT], values: object, *, source: str) -> SettingsT:
     """Validate plain values, reporting all faults in one `ConfigError` with dotted keys."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        faults = [f"  {'.'.join(str(part) for part in fault['loc']) or '(whole)'}: {fault['msg']}" for fault in error.errors()]
+        faults = [
+            f"  {'.'.join(str(part) for part in fault['loc']) or '(whole)'}: {fault['msg']}" for fault in error.errors()
+        ]
         raise ConfigError(f"{source} has {len(faults)} fault(s):\n" + "\n".join(faults)) from error
 
 

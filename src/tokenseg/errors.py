@@ -29,3 +29,7 @@ class ConfigError(TokenSegError):
 
 class ModelError(TokenSegError):
     """A model folder is incomplete, corrupt, of another schema, or does not fit the input."""
+
+
+class TrainingError(TokenSegError):
+    """Training cannot go on; what was reached is saved."""

@@ -7,9 +7,7 @@ upsampling is sub-pixel (a linear layer, then depth-to-space), which is exact on
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from tokenseg.model.blocks import ConvBlock, Stride, depth_to_space, pointwise
 from tokenseg.model.cells import expand_cells
@@ -22,9 +20,10 @@ class Reprojection(nn.Module):
     def __init__(self, widths: tuple[int, ...], token_width: int, grid: tuple[int, int, int]) -> None:
         super().__init__()
         self.grid = grid
-        self.project = nn.ModuleList(nn.Linear(token_width, width, bias=False) for width in widths)
-        for layer in self.project:
+        layers = [nn.Linear(token_width, width, bias=False) for width in widths]
+        for layer in layers:
             nn.init.zeros_(layer.weight)
+        self.project = nn.ModuleList(layers)
 
     def forward(self, pyramid: list[Features], tokens: Tokens) -> list[Features]:
         """Return the pyramid with `tokens` (zero where not kept) spread linearly from the cell centres."""

@@ -33,8 +33,9 @@ class HierarchicalEncoder(nn.Module):
         self.stem_stride = strides[0]
         sx, sy, sz = self.stem_stride
         stages = [_stage(image_channels * sx * sy * sz, widths[0], blocks[0], (1, 1, 1))]
-        for level in range(1, len(widths)):
-            stages.append(_stage(widths[level - 1], widths[level], blocks[level], strides[level]))
+        stages += [
+            _stage(widths[level - 1], widths[level], blocks[level], strides[level]) for level in range(1, len(widths))
+        ]
         self.stages = nn.ModuleList(stages)
 
     def forward(self, images: Images) -> list[Features]:
@@ -62,7 +63,9 @@ class CandidateTokens(nn.Module):
 
     def forward(self, pooled: list[Float[Tensor, "B n W"]]) -> Tokens:
         """Join the levels into (B, N, F), finest level first."""
-        return self.norm(torch.cat([layer(cells) for layer, cells in zip(self.project, pooled, strict=True)], dim=1))
+        projected = torch.cat([layer(cells) for layer, cells in zip(self.project, pooled, strict=True)], dim=1)
+        tokens: Tensor = self.norm(projected)
+        return tokens
 
 
 def _stage(channels_in: int, channels_out: int, depth: int, stride: Stride) -> nn.Sequential:

@@ -45,9 +45,7 @@ class ImportanceScore(nn.Module):
         self.term_weights = nn.Parameter(torch.ones(num_levels, 1, 3), requires_grad=learned)
         self.level_bias = nn.Parameter(torch.full((num_levels, 1), -1.5), requires_grad=learned)
 
-    def forward(
-        self, tokens: Tokens, gradient: Float[Tensor, "B n"], rarity: TokenScalars
-    ) -> Importance:
+    def forward(self, tokens: Tokens, gradient: Float[Tensor, "B n"], rarity: TokenScalars) -> Importance:
         """Score the candidates.
 
         Args:
@@ -59,7 +57,8 @@ class ImportanceScore(nn.Module):
         boundary = _unit_range(gradient.repeat(1, self.num_levels))
         semantic = _unit_range(presence_logits.sigmoid().prod(dim=-1))
         diversity = _unit_range(rarity)
-        terms = torch.stack([boundary, semantic, diversity], dim=-1).unflatten(1, (self.num_levels, -1))
+        terms = torch.stack([boundary, semantic, diversity], dim=-1)
+        terms = terms.reshape(len(tokens), self.num_levels, -1, 3)
         logit = ((terms * self.term_weights).sum(dim=-1) + self.level_bias).flatten(1)
         return Importance(boundary, semantic, diversity, logit, logit.sigmoid(), presence_logits)
 

@@ -5,7 +5,6 @@ The paper does not say how its tokens exchange information; this is the plainest
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,4 +36,5 @@ class MixerLayer(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         attended = nn.functional.scaled_dot_product_attention(query, key, value)
         tokens = tokens + self.attention_out(attended.transpose(1, 2).flatten(2))
-        return tokens + self.perceptron(tokens)
+        mixed: Tensor = tokens + self.perceptron(tokens)
+        return mixed

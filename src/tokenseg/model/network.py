@@ -67,7 +67,7 @@ class TokenSeg(nn.Module):
         self.tokenizer = Tokenizer(config, plan) if config.tokens else None
         self.decoder = SparseToDenseDecoder(config.widths, plan.strides, plan.num_outputs)
         # Convolutions on channels-last maps are several times faster on a CPU.
-        self.to(memory_format=torch.channels_last_3d)
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def forward(self, images: Images, num_kept: int | None = None) -> TokenSegOutput:
         """Segment a batch of any size.
@@ -139,8 +139,8 @@ class Tokenizer(nn.Module):
             importance = self.score(quantized.tokens, gradient, self._rarity(quantized))
             selection = select_tokens(importance.score, num_kept=num_kept, num_levels=self.num_levels)
             gated = (quantized.tokens + self.position) * importance.score.unsqueeze(-1)
-            mixed = self.mixer(gather_tokens(gated, selection.index))
-            sparse = scatter_tokens(mixed, selection.index, gated.shape[1])
+            mixed = self.mixer(gather_tokens(gated, selection.positions))
+            sparse = scatter_tokens(mixed, selection.positions, gated.shape[1])
             level = torch.arange(self.num_levels).repeat_interleave(gated.shape[1] // self.num_levels)
         record = TokenRecord(boxes_vox, level, quantized.codes, importance, selection.kept, commitment_loss)
         return self.reproject(pyramid, sparse), record

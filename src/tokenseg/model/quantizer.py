@@ -8,7 +8,7 @@ quantisation (Mentzer 2024) is the alternative that cannot collapse.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -140,8 +140,8 @@ class VectorQuantizer(nn.Module):
 class FiniteScalarQuantizer(nn.Module):
     """Round a 4-dimensional projection to 8 values a dimension: 4096 codes with nothing to learn or to collapse."""
 
-    levels = (8, 8, 8, 8)
-    half: Tensor
+    levels: ClassVar[tuple[int, ...]] = (8, 8, 8, 8)
+    half_range: Tensor
     basis: Tensor
 
     def __init__(self, width: int) -> None:
@@ -150,19 +150,19 @@ class FiniteScalarQuantizer(nn.Module):
         self.usage = CodeUsage(int(levels.prod()))
         self.shrink = nn.Linear(width, len(self.levels))
         self.widen = nn.Linear(len(self.levels), width)
-        self.register_buffer("half", levels / 2, persistent=False)
+        self.register_buffer("half_range", levels / 2, persistent=False)
         self.register_buffer("basis", torch.cumprod(torch.tensor([1, *self.levels[:-1]]), 0), persistent=False)
 
     def forward(self, tokens: Tokens) -> Quantized:
         """Round each token's projection; the gradient passes straight through the rounding."""
         # An even number of values lies at half-integers: shift by 1/2 before rounding down and after.
-        bounded = torch.tanh(self.shrink(tokens)) * (self.half - 1e-3)
+        bounded = torch.tanh(self.shrink(tokens)) * (self.half_range - 1e-3)
         rounded = torch.floor(bounded) + 0.5
-        codes = ((rounded.detach() + self.half - 0.5).long() * self.basis).sum(dim=-1)
+        codes = ((rounded.detach() + self.half_range - 0.5).long() * self.basis).sum(dim=-1)
         if self.training:
             self.usage.update(codes)
         straight = bounded + (rounded - bounded).detach()
-        return Quantized(self.widen(straight / self.half), codes)
+        return Quantized(self.widen(straight / self.half_range), codes)
 
 
 def build_quantizer(kind: str, num_codes: int, width: int) -> VectorQuantizer | FiniteScalarQuantizer | None:

@@ -21,7 +21,7 @@ _TIE_STEP = 1e-6
 class Selection(NamedTuple):
     """The kept candidates of each volume."""
 
-    index: Int[Tensor, "B K"]
+    positions: Int[Tensor, "B K"]
     """Positions of the kept among the candidates, by falling importance."""
     kept: TokenFlags
     """True for kept candidates."""
@@ -42,20 +42,20 @@ def select_tokens(score: TokenScalars, *, num_kept: int, num_levels: int) -> Sel
     rank = score - _TIE_STEP * torch.arange(count, device=score.device, dtype=score.dtype)
     floor = num_kept // (4 * num_levels)
     if floor:
-        per_level = rank.unflatten(1, (num_levels, -1))
+        per_level = rank.reshape(-1, num_levels, count // num_levels)
         best = per_level.topk(floor, dim=2).indices
         rank = (per_level + torch.zeros_like(per_level).scatter(2, best, 2.0)).flatten(1)
-    index = rank.topk(num_kept, dim=1).indices
-    kept = torch.zeros_like(score).scatter(1, index, 1.0) > 0
-    return Selection(index, kept)
+    positions = rank.topk(num_kept, dim=1).indices
+    kept = torch.zeros_like(score).scatter(1, positions, 1.0) > 0
+    return Selection(positions, kept)
 
 
-def gather_tokens(tokens: Tokens, index: Int[Tensor, "B K"]) -> Float[Tensor, "B K F"]:
+def gather_tokens(tokens: Tokens, positions: Int[Tensor, "B K"]) -> Float[Tensor, "B K F"]:
     """Pick the kept tokens."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def scatter_tokens(kept: Float[Tensor, "B K F"], index: Int[Tensor, "B K"], count: int) -> Tokens:
+def scatter_tokens(kept: Float[Tensor, "B K F"], positions: Int[Tensor, "B K"], count: int) -> Tokens:
     """Put kept tokens back among `count` candidates; all others are zero."""
     empty = kept.new_zeros(kept.shape[0], count, kept.shape[2])
-    return empty.scatter(1, index.unsqueeze(-1).expand(-1, -1, kept.shape[-1]), kept)
+    return empty.scatter(1, positions.unsqueeze(-1).expand(-1, -1, kept.shape[-1]), kept)

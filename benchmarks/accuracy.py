@@ -1,0 +1,111 @@
+"""Train one network on one fold through TokenSeg's pipeline and append its validation figures to a CSV.
+
+    python benchmarks/accuracy.py DATASET RUN --network tokenseg|tokenseg-off|monai-unet \
+        [--max-minutes M | --max-steps S] [--threads T] [--seed N] [--csv benchmarks/accuracy.csv]
+
+All networks share data, split, augmentation, loss, optimiser, budget and evaluation; only the network differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from peers import PEERS
+from torch import nn
+
+from tokenseg.cli import Terminal
+from tokenseg.config import NetworkConfig, Plan, TrainOptions
+from tokenseg.model.network import TokenSeg
+from tokenseg.train import TrainResult, train
+
+COLUMNS = (
+    *("date", "commit", "dataset", "network", "fold", "seed", "steps", "budget", "threads", "precision"),
+    *("parameters_m", "label", "n", "n_missed", "dice", "dice_low", "dice_high", "hd95_mm", "nsd_1mm", "wall_s"),
+)
+
+
+def main() -> None:
+    """Parse, train, append rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--network", choices=["tokenseg", "tokenseg-off", *PEERS], default="tokenseg")
+    parser.add_argument("--max-minutes", type=float)
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("accuracy.csv"))
+    arguments = parser.parse_args()
+    made: list[nn.Module] = []
+
+    def make(config: NetworkConfig, plan: Plan) -> nn.Module:
+        network = _make(arguments.network, config, plan)
+        made.append(network)
+        return network
+
+    options = TrainOptions(
+        fold=arguments.fold,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        max_minutes=arguments.max_minutes,
+        max_steps=arguments.max_steps,
+    )
+    started = time.monotonic()
+    result = train(arguments.dataset, arguments.run, options, Terminal(), make)
+    _append(arguments, made[0], result, time.monotonic() - started)
+
+
+def _make(name: str, config: NetworkConfig, plan: Plan) -> nn.Module:
+    if name in PEERS:
+        return PEERS[name](config, plan)
+    return TokenSeg(config.model_copy(update={"tokens": name == "tokenseg"}), plan)
+
+
+def _append(arguments: argparse.Namespace, network: nn.Module, result: TrainResult, wall_s: float) -> None:
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    minutes = arguments.max_minutes
+    shared = {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "dataset": arguments.dataset.name,
+        "network": arguments.network,
+        "fold": arguments.fold,
+        "seed": arguments.seed,
+        "steps": result.steps,
+        "budget": f"{minutes:g} minutes" if minutes else f"{result.steps} steps",
+        "threads": torch.get_num_threads(),
+        "precision": "bf16" if torch.cpu._is_amx_tile_supported() else "fp32",
+        "parameters_m": f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}",
+        "wall_s": f"{wall_s:.0f}",
+    }
+    new = not arguments.csv.exists()
+    with arguments.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for summary in result.evaluation.summaries:
+            dice = summary.intervals["dice"]
+            row = shared | {
+                "label": summary.label.name,
+                "n": summary.n,
+                "n_missed": summary.n_missed,
+                "dice": f"{dice.mean:.4f}",
+                "dice_low": f"{dice.low:.4f}",
+                "dice_high": f"{dice.high:.4f}",
+                "hd95_mm": f"{summary.intervals['hd95_mm'].mean:.3f}",
+                "nsd_1mm": f"{summary.intervals['nsd'].mean:.4f}",
+            }
+            writer.writerow(row)
+            print(f"{arguments.network} {summary.label.name}: Dice {dice.mean:.4f} ({dice.low:.4f} to {dice.high:.4f})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""The model folder: everything that segmentation needs, and nothing that runs.
+
+    model/
+      weights.safetensors   parameters and buffers
+      model.json            schema version, plan, network settings, facts of the training, SHA-256 of the weights
+      README.md             the model card
+
+Weights are never programs: no pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from tokenseg.config import NetworkConfig, Plan, Settings, parse_settings
+from tokenseg.errors import ConfigError, FileError, ModelError
+from tokenseg.model.network import TokenSeg
+
+SCHEMA_VERSION = 1
+WEIGHTS_NAME, FACTS_NAME, CARD_NAME = "weights.safetensors", "model.json", "README.md"
+
+
+class ModelFacts(Settings):
+    """Contents of `model.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Raised when a later TokenSeg changes the folder so that an earlier one cannot read it."""
+    name: str
+    """Name of the dataset or of the model."""
+    plan: Plan
+    """Grid, intensities, labels and windows."""
+    network: NetworkConfig
+    """Size and parts of the network."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Facts for the card: TokenSeg version, cases, fold, steps, validation figures."""
+    weights_sha256: str = ""
+    """Fingerprint of `weights.safetensors`; filled in when saving."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network, ready to segment."""
+
+    network: nn.Module
+    """In evaluation mode on `device`; returns a `TokenSegOutput`."""
+    facts: ModelFacts
+    """What it was trained for."""
+    device: torch.device
+    """Where it computes."""
+
+
+def save_model(folder: Path, network: nn.Module, facts: ModelFacts) -> None:
+    """Write a model folder; an existing one is replaced as a whole.
+
+    Raises:
+        FileError: The folder cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    weights = save_tensors(tensors)
+    facts = facts.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
+    fresh = folder.with_name(f".partial-{secrets.token_hex(4)}-{folder.name}")
+    old = folder.with_name(f".old-{secrets.token_hex(4)}-{folder.name}")
+    try:
+        fresh.mkdir(parents=True)
+        (fresh / WEIGHTS_NAME).write_bytes(weights)
+        (fresh / FACTS_NAME).write_text(json.dumps(facts.model_dump(mode="json"), indent=2), encoding="utf-8")
+        (fresh / CARD_NAME).write_text(_card(facts, network), encoding="utf-8")
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    except OSError as error:
+        raise FileError(f"cannot write the model folder {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
+    """Load a model folder, or the model of a run folder.
+
+    Raises:
+        ModelError: The folder is missing, incomplete, corrupt, of a newer schema, or not made of safetensors + JSON.
+    """
+    folder = _find_folder(Path(path))
+    facts = _read_facts(folder / FACTS_NAME)
+    network = TokenSeg(facts.network, facts.plan)
+    tensors = _read_weights(folder / WEIGHTS_NAME, facts.weights_sha256)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{folder}: the weights do not fit the network in {FACTS_NAME}; copy the folder again"
+        ) from error
+    device = torch.device(device)
+    return Model(network.to(device).eval(), facts, device)
+
+
+def describe_model(model: Model) -> str:
+    """The model's card: what it takes and gives, what it was trained on, its limits."""
+    return _card(model.facts, model.network)
+
+
+def _find_folder(path: Path) -> Path:
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file; a model is a folder with {WEIGHTS_NAME} and {FACTS_NAME} "
+            "(pickled checkpoints such as .pt and .pth are never loaded)"
+        )
+    folder = path if (path / FACTS_NAME).exists() or not (path / "model").is_dir() else path / "model"
+    missing = [name for name in (FACTS_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{path} is not a model: {' and '.join(missing)} missing; "
+            "give a run folder of `tokenseg train`, or the model/ in it"
+        )
+    return folder
+
+
+def _read_facts(path: Path) -> ModelFacts:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = values["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is damaged or not a TokenSeg model description; copy the model folder again"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise ModelError(
+            f"{path} has schema version {version}, this TokenSeg reads {SCHEMA_VERSION}; "
+            "upgrade with: pip install -U tokenseg"
+        )
+    try:
+        return parse_settings(ModelFacts, values, source=str(path))
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        tensors = load_tensors(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        kind = "a pickle, which TokenSeg never loads" if content[:2] in (b"\x80\x02", b"PK") else "damaged"
+        raise ModelError(f"{path} is {kind}: not valid safetensors; copy the model folder again") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ModelError(
+            f"{path} does not match the SHA-256 in {FACTS_NAME}: damaged or exchanged; copy the folder again"
+        )
+    return tensors
+
+
+def _card(facts: ModelFacts, network: nn.Module) -> str:
+    plan = facts.plan
+    count = sum(parameter.numel() for parameter in network.parameters())
+    labels = ", ".join(f"{label.name} ({label.output_value})" for label in plan.labels)
+    spacing = " x ".join(f"{value:g}" for value in plan.spacing_mm)
+    lines = [
+        f"# TokenSeg model: {facts.name}",
+        "",
+        "Research software: not a medical device, not for clinical use.",
+        "",
+        f"- Input: {', '.join(plan.source_channels)}",
+        f"- Output: {labels}{' (overlapping regions)' if plan.regions else ''}",
+        f"- Grid: {spacing} mm",
+        f"- Network: {count / 1e6:.2f} M parameters",
+        *(f"- {key.replace('_', ' ').capitalize()}: {value}" for key, value in facts.training.items()),
+        "",
+        "Limits: trained and checked on the cases named above; other scanners, sequences and anatomies are unknown.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""What a dataset is like in numbers: shapes, spacings, intensities, labels; and the check of every file on the way.
+
+Each case is read once. Everything that training would trip over later (unlisted label values, no foreground, images
+and labels on different grids, NaN voxels) stops here, with the case named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from nibabel.orientations import io_orientation
+
+from tokenseg.config import Settings, Spacing3, Vox3
+from tokenseg.data.cases import Case, Dataset, first_few
+from tokenseg.data.datasets import LabelledCase, load_case
+from tokenseg.errors import DataError
+
+_SAMPLES_A_CASE = 10_000
+
+_Values: TypeAlias = Float[np.ndarray, "C N"]
+
+
+class Intensities(Settings):
+    """Intensities of one source channel over the foreground; over all voxels where there is no foreground."""
+
+    minimum: float
+    maximum: float
+    mean: float
+    std: float
+    """Population standard deviation."""
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+class CaseFingerprint(Settings):
+    """One case in numbers; axes in canonical order (right, anterior, superior)."""
+
+    case_id: str
+    shape_vox: Vox3
+    spacing_mm: Spacing3
+    intensities: tuple[Intensities, ...]
+    """One a source channel, over the case's foreground."""
+    label_voxels: dict[int, int]
+    """Voxels by label value, background 0 included; values that do not occur are left out."""
+
+
+class Fingerprint(Settings):
+    """A dataset in numbers."""
+
+    cases: tuple[CaseFingerprint, ...]
+    intensities: tuple[Intensities, ...]
+    """One a source channel, over up to 10 000 evenly spaced foreground voxels of each case."""
+
+
+def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | None = None) -> Fingerprint:
+    """Read every case of a dataset once, check it, and put it in numbers.
+
+    Args:
+        dataset: The dataset.
+        on_case: Called after each case with the number of cases done and of all, for a progress display.
+
+    Raises:
+        FileError: A file is missing, truncated or not a medical image.
+        DataError: Label values that the dataset does not list, no foreground in any case, or unusable voxels.
+        GeometryError: Image and label of a case are not on one grid.
+    """
+    cases: list[CaseFingerprint] = []
+    samples: list[_Values] = []
+    for done, case in enumerate(dataset.cases, start=1):
+        loaded = load_case(dataset, case)
+        label_voxels = _count_labels(loaded)
+        _check_values(dataset, case, set(label_voxels))
+        values = _foreground(dataset, loaded)
+        cases.append(_case_fingerprint(case, loaded, label_voxels, values))
+        samples.append(values[:, :: -(-values.shape[1] // _SAMPLES_A_CASE)])
+        if on_case is not None:
+            on_case(done, len(dataset.cases))
+    if not any(value != 0 for case in cases for value in case.label_voxels):
+        raise DataError(
+            f"dataset {dataset.root} has no foreground: all {len(cases)} masks are zero everywhere; "
+            "check that the label files are the right ones"
+        )
+    pooled = np.concatenate(samples, axis=1)
+    return Fingerprint(cases=tuple(cases), intensities=_intensities(pooled))
+
+
+def _case_fingerprint(
+    case: Case, loaded: LabelledCase, label_voxels: dict[int, int], values: _Values
+) -> CaseFingerprint:
+    shape, spacing = loaded.mask.array.shape, loaded.volume.spacing_mm
+    orientation = io_orientation(loaded.volume.affine)  # type: ignore[no-untyped-call]
+    stored_axis = np.argsort(orientation[:, 0])  # of each canonical axis
+    return CaseFingerprint(
+        case_id=case.case_id,
+        shape_vox=(shape[stored_axis[0]], shape[stored_axis[1]], shape[stored_axis[2]]),
+        spacing_mm=(spacing[stored_axis[0]], spacing[stored_axis[1]], spacing[stored_axis[2]]),
+        intensities=_intensities(values),
+        label_voxels=label_voxels,
+    )
+
+
+def _count_labels(loaded: LabelledCase) -> dict[int, int]:
+    values, counts = np.unique(loaded.mask.array, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _foreground(dataset: Dataset, loaded: LabelledCase) -> _Values:
+    """Intensities of the source channels over the foreground, or over all voxels where the case has none."""
+    rows = [loaded.volume.channels.index(name) for name in dataset.source_channels]
+    foreground: Shaped[np.ndarray, "X Y Z"] = loaded.mask.array != 0
+    if not foreground.any():
+        return loaded.volume.array[rows].reshape(len(rows), -1)
+    return loaded.volume.array[rows][:, foreground]
+
+
+def _intensities(values: _Values) -> tuple[Intensities, ...]:
+    low, high = np.percentile(values, (0.5, 99.5), axis=1)
+    return tuple(
+        Intensities(
+            minimum=float(channel.min()),
+            maximum=float(channel.max()),
+            mean=float(channel.mean(dtype=np.float64)),
+            std=float(channel.std(dtype=np.float64)),
+            percentile_00_5=float(low[row]),
+            percentile_99_5=float(high[row]),
+        )
+        for row, channel in enumerate(values)
+    )
+
+
+def _check_values(dataset: Dataset, case: Case, values: set[int]) -> None:
+    listed = {0, *(value for label in dataset.labels for value in label.values)}
+    unlisted = sorted(values - listed)
+    if not unlisted or case.label is None:
+        return
+    raise DataError(
+        f"case {case.case_id}: {case.label.name} holds the label values {first_few(list(map(str, unlisted)))}, "
+        f"which the dataset does not list; it lists {', '.join(map(str, sorted(listed)))}. {_remedy(dataset, values)}"
+    )
+
+
+def _remedy(dataset: Dataset, values: set[int]) -> str:
+    """What mends unlisted label values; values need not be consecutive, so listing them is often enough."""
+    if dataset.layout == "mamamia":
+        return "MAMA-MIA masks hold 0 and 1: write the tumour as 1 in the file"
+    if values <= {0, 255}:
+        name = dataset.labels[0].name
+        fix = f'"255": "{name}"' if dataset.layout == "msd" else f'"{name}": 255'
+        return f"This looks like a 0/255 mask: write {fix} under labels of dataset.json, or divide the masks by 255"
+    return "Add these values with their names under labels of dataset.json, or change them in the file to listed ones"

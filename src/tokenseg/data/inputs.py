@@ -1,0 +1,118 @@
+"""What `segment` is pointed at: a file, a folder of cases, or a dataset; and reading each case with named channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tokenseg.config import Plan
+from tokenseg.data.cases import Case, check_case_ids
+from tokenseg.data.datasets import list_dataset_images, read_images
+from tokenseg.data.folders import group_channels, image_files, is_unnamed, name_channels
+from tokenseg.data.mamamia import phase_name
+from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_stem, read_grid
+from tokenseg.errors import DataError, FileError
+
+
+def list_inputs(path: Path, plan: Plan) -> tuple[Case, ...]:
+    """List the cases that an input path stands for; no voxel is read.
+
+    A file is one case. A folder is a dataset in a known layout (all its images, training and test), or flat: files
+    named `CASE_0000.nii.gz`, `CASE_0001.nii.gz`... are the channels of a case where the number is one of the model's;
+    every other file is a case of its own (4D where the model has several channels).
+
+    Args:
+        path: The input.
+        plan: The model's plan, for the number and names of its channels.
+
+    Returns:
+        Cases without labels, sorted by id. A case with missing channels is listed; `read_input` refuses it.
+
+    Raises:
+        FileError: The path is not there, is not named as an image, or is a folder without images.
+        DataError: A dataset layout is recognised but its `dataset.json` cannot be used, or two cases share an id.
+    """
+    if not path.exists():
+        raise FileError(f"input {path} does not exist; check the path")
+    if path.is_file():
+        return _flat_cases([path], plan)
+    listed = list_dataset_images(path)
+    if listed is not None:
+        cases = tuple(replace(case, channels=_model_names(case.channels, plan)) for case in listed)
+    else:
+        cases = _flat_cases(image_files(path), plan)
+    if not cases:
+        raise FileError(
+            f"input folder {path} has no images ({', '.join(IMAGE_ENDINGS)}) directly in it, and is no dataset folder; "
+            "give a file, a folder of images, or a dataset"
+        )
+    check_case_ids([case.case_id for case in cases], path)
+    return cases
+
+
+def read_input(case: Case, plan: Plan) -> Volume:
+    """Read a case that `list_inputs` found, with its channels named as the model names them.
+
+    The volume may bring more channels than the model needs (all phases of a DCE exam do); it never brings fewer.
+
+    Raises:
+        FileError: A file is missing, truncated or not a medical image.
+        DataError: Channels are missing or too many, or voxels cannot be used.
+        GeometryError: The channels are not on one grid.
+    """
+    # A listed case knows its channels; a loose file's are in its header. A patient folder may be empty.
+    channels = _file_channels(case.images[0], plan) if case.images and not case.channels else case.channels
+    missing = [name for name in plan.source_channels if name not in channels]
+    unknown = [name for name in channels if is_unnamed(name)]
+    if missing or unknown:
+        given = ", ".join(_described(case, channels)) or "no image"
+        faults = ([f"{', '.join(missing)} is missing"] if missing else []) + (
+            [f"{', '.join(unknown)} is none of them"] if unknown else []
+        )
+        files = ", ".join(f"_{number:04d} {name}" for number, name in enumerate(plan.source_channels))
+        raise DataError(
+            f"model expects {', '.join(plan.source_channels)}; {case.case_id} has {given}: {'; '.join(faults)}. "
+            f"Numbers in file names mean: {files}"
+        )
+    return read_images(case, channels)
+
+
+def _flat_cases(paths: Sequence[Path], plan: Plan) -> tuple[Case, ...]:
+    names = plan.source_channels
+    groups = {case_id: files for case_id, files in group_channels(paths).items() if any(n < len(names) for n in files)}
+    grouped = {path for files in groups.values() for path in files.values()}
+    cases = [
+        Case(case_id, case_id, tuple(files.values()), channels=name_channels(files, _known_names(plan, max(files))))
+        for case_id, files in groups.items()
+    ]
+    cases += [Case(image_stem(path), image_stem(path), (path,)) for path in paths if path not in grouped]
+    return tuple(sorted(cases, key=lambda case: case.case_id))
+
+
+def _file_channels(path: Path, plan: Plan) -> tuple[str, ...]:
+    if not plan.joint_zscore:
+        return plan.source_channels
+    count = read_grid(path).num_channels
+    return _known_names(plan, count - 1)[:count]
+
+
+def _known_names(plan: Plan, last_number: int) -> tuple[str, ...]:
+    """Names by number: the model's channels, and in a DCE exam the later phases, which count in its z-score."""
+    if not plan.joint_zscore:
+        return plan.source_channels
+    return plan.source_channels + tuple(map(phase_name, range(len(plan.source_channels), last_number + 1)))
+
+
+def _model_names(channels: tuple[str, ...], plan: Plan) -> tuple[str, ...]:
+    """Write a dataset's channel names as the model does: by name whatever the order, a single one as it is."""
+    if len(channels) == len(plan.source_channels) == 1:
+        return plan.source_channels
+    spellings = {name.casefold(): name for name in plan.source_channels}
+    return tuple(spellings.get(name.casefold(), name) for name in channels)
+
+
+def _described(case: Case, channels: tuple[str, ...]) -> tuple[str, ...]:
+    if len(case.images) != len(channels):
+        return channels
+    return tuple(f"{name} ({path.name})" for name, path in zip(channels, case.images, strict=True))

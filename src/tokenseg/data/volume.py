@@ -1,0 +1,310 @@
+"""The one door to image files: scans, masks and their grids, read strictly and written exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+from nibabel.nifti1 import Nifti1Header
+
+from tokenseg.data.nifti import header_of_affine, read_header, read_values, write_values
+from tokenseg.errors import DataError, FileError, GeometryError
+from tokenseg.shapes import Affine, ImageArray, MaskArray
+
+IMAGE_ENDINGS = (".nii.gz", ".nii")
+
+POSITION_TOLERANCE_MM = 1e-3
+SPACING_TOLERANCE_MM = 1e-3
+DIRECTION_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan with its place in the world, axes in stored (file) order.
+
+    Attributes:
+        array: Intensities, finite.
+        affine: From voxel indices to mm in RAS+ world coordinates.
+        channels: Name of each channel, unique.
+        header: Header of the (first) file, from which a mask takes its geometry fields; None for a volume that was
+            made from arrays.
+
+    Raises:
+        DataError: The array is not finite float32 of four axes, or the names do not fit it.
+        GeometryError: The affine is not usable, or contradicts the header.
+    """
+
+    array: ImageArray
+    affine: Affine
+    channels: tuple[str, ...]
+    header: Nifti1Header | None = None
+
+    def __post_init__(self) -> None:
+        _check_image_array(self.array)
+        if len(self.channels) != len(self.array) or len(set(self.channels)) != len(self.channels):
+            raise DataError(
+                f"volume has {len(self.array)} channel(s), named {', '.join(self.channels) or '(nothing)'}; "
+                "give each channel one name of its own"
+            )
+        _check_affine(self.affine, "volume")
+        if self.header is not None:
+            _check_header_fits(self.header, self.array.shape[1:], self.affine)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along each stored axis."""
+        return _spacing_mm(self.affine)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A label map with its place in the world, axes in stored (file) order.
+
+    Attributes:
+        array: Label values, 0 for background.
+        affine: From voxel indices to mm in RAS+ world coordinates.
+
+    Raises:
+        DataError: The array is not of integers, or not 3D.
+        GeometryError: The affine is not usable.
+    """
+
+    array: MaskArray
+    affine: Affine
+
+    def __post_init__(self) -> None:
+        if self.array.ndim != 3 or not np.issubdtype(self.array.dtype, np.integer):
+            raise DataError(f"mask must be 3D integers, not {self.array.ndim}D {self.array.dtype}")
+        _check_affine(self.affine, "mask")
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along each stored axis."""
+        return _spacing_mm(self.affine)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """What a header says of an image: spatial shape, channels (1 for a 3D file), affine."""
+
+    shape: tuple[int, int, int]
+    num_channels: int
+    affine: Affine
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance between voxel centres along each stored axis."""
+        return _spacing_mm(self.affine)
+
+
+def image_ending(path: Path) -> str:
+    """Give the part of a file name that names its format, such as `.nii.gz`.
+
+    Raises:
+        FileError: It is none of `IMAGE_ENDINGS`.
+    """
+    for ending in IMAGE_ENDINGS:
+        if path.name.endswith(ending) and path.name != ending:
+            return ending
+    raise FileError(f"{path} is not named as an image: its name must end in {' or '.join(IMAGE_ENDINGS)}")
+
+
+def image_stem(path: Path) -> str:
+    """Give a file name without folder and image ending.
+
+    Raises:
+        FileError: The ending is none of `IMAGE_ENDINGS`.
+    """
+    return path.name.removesuffix(image_ending(path))
+
+
+def read_volume(path: Path, channels: tuple[str, ...]) -> Volume:
+    """Read one file: 3D for one channel, or 4D with the channels on the last axis in the order of `channels`.
+
+    Trailing axes of length one are dropped, and the header's scale slope and intercept are applied.
+
+    Raises:
+        FileError: The file is missing, truncated, or not NIfTI.
+        DataError: It has another number of channels or axes, is not of real numbers, or holds NaN or infinite voxels.
+        GeometryError: Its spacing, affine or unit is not usable.
+    """
+    image_ending(path)
+    header, values = read_values(path)
+    array = values[..., np.newaxis] if values.ndim == 3 else values
+    if array.shape[3] != len(channels):
+        raise DataError(
+            f"model expects {', '.join(channels)}; {path} holds {array.shape[3]} channel(s). "
+            "Give one 3D file a channel, or one 4D file with these channels along its last axis"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        intensities = np.moveaxis(array, 3, 0).astype(np.float32)
+    _check_finite(intensities, str(path))
+    _check_affine(header.affine, str(path))
+    return Volume(intensities, header.affine, channels, header.raw)
+
+
+def read_channels(paths: tuple[Path, ...], channels: tuple[str, ...]) -> Volume:
+    """Read one 3D file a channel and stack them on the grid of the first file.
+
+    Raises:
+        FileError: A file is missing, truncated, or not NIfTI.
+        DataError: The number of files is not that of the channels, or a file is not usable, see `read_volume`.
+        GeometryError: The files are not on one grid, see `check_same_grid`.
+    """
+    if not paths or len(paths) != len(channels):
+        given = ", ".join(str(path) for path in paths) or "none"
+        raise DataError(
+            f"model expects {', '.join(channels)}; {len(paths)} file(s) given ({given}); give one a channel"
+        )
+    volumes = [read_volume(path, (channel,)) for path, channel in zip(paths, channels, strict=True)]
+    first = volumes[0]
+    for path, volume in zip(paths[1:], volumes[1:], strict=True):
+        check_same_grid(first, volume, (str(paths[0]), str(path)))
+    return Volume(np.concatenate([volume.array for volume in volumes]), first.affine, channels, first.header)
+
+
+def read_mask(path: Path) -> Mask:
+    """Read a label map; floating-point files are accepted where every value is a whole number.
+
+    Raises:
+        FileError: The file is missing, truncated, or not NIfTI.
+        DataError: It is not 3D, or its values are not whole numbers of at most 32 bits.
+        GeometryError: Its spacing, affine or unit is not usable.
+    """
+    image_ending(path)
+    header, values = read_values(path)
+    _check_affine(header.affine, str(path))
+    if values.ndim != 3:
+        raise DataError(f"{path} is 4D ({_times(values.shape)}); a mask must be 3D with one label value a voxel")
+    if not np.issubdtype(values.dtype, np.integer):
+        _check_finite(values, str(path))
+        fractional = values != np.round(values)
+        if fractional.any():
+            raise DataError(
+                f"{path}: {fractional.sum()} voxel(s) hold no whole number (first: {values[fractional][0]:g}); "
+                "labels must be integers: round them, or export the mask with an integer type"
+            )
+    return Mask(_smallest_integers(values, str(path)), header.affine)
+
+
+def read_grid(path: Path) -> Grid:
+    """Read only the header: the voxels are neither read nor checked.
+
+    Raises:
+        FileError: The file is missing, or not NIfTI.
+        DataError: It is neither 3D nor 4D.
+        GeometryError: Its spacing, affine or unit is not usable.
+    """
+    image_ending(path)
+    shape, affine, _ = read_header(path)
+    _check_affine(affine, str(path))
+    return Grid((shape[0], shape[1], shape[2]), shape[3] if len(shape) == 4 else 1, affine)
+
+
+def check_same_grid(first: Volume | Mask, second: Volume | Mask, what: tuple[str, str]) -> None:
+    """Check that two images share shape, position, spacing and direction, save for rounding.
+
+    Args:
+        first: One image.
+        second: The other.
+        what: How messages name them, such as their paths.
+
+    Raises:
+        GeometryError: They differ by more than 0.001 mm in position of the first voxel or in spacing, by more than
+            0.0001 in a direction cosine, or in shape at all.
+    """
+    shapes = first.array.shape[-3:], second.array.shape[-3:]
+    both = f"{what[0]} and {what[1]} are not on one grid"
+    if shapes[0] != shapes[1]:
+        raise GeometryError(
+            f"{both}: {_times(shapes[0])} against {_times(shapes[1])} voxels; resample one to the other"
+        )
+    spacings = np.asarray(first.spacing_mm), np.asarray(second.spacing_mm)
+    directions = first.affine[:3, :3] / spacings[0] - second.affine[:3, :3] / spacings[1]
+    differences = {
+        "position of the first voxel": (first.affine[:3, 3] - second.affine[:3, 3], POSITION_TOLERANCE_MM, " mm"),
+        "spacing": (spacings[0] - spacings[1], SPACING_TOLERANCE_MM, " mm"),
+        "direction of the axes": (directions, DIRECTION_TOLERANCE, " (cosines)"),
+    }
+    faults = [
+        f"{name} by {np.abs(difference).max():.4g}{unit}, allowed {tolerance:g}"
+        for name, (difference, tolerance, unit) in differences.items()
+        if np.abs(difference).max() > tolerance
+    ]
+    if faults:
+        raise GeometryError(f"{both}: they differ in {'; in '.join(faults)}. Resample one to the grid of the other")
+
+
+def write_mask(path: Path, mask: MaskArray, like: Volume) -> None:
+    """Write a label map onto the grid of a scan, all or nothing.
+
+    Both affines of the scan's header (qform and sform) with their codes, and the units, are kept bit for bit; a
+    volume without header gives its affine, rounded to float32, as sform with code 1. Nothing else of the scan's
+    header (descriptions, extensions) is copied. The type is uint8 where the values fit, else int16 or int32.
+
+    Raises:
+        FileError: The name is not that of an image, or the file cannot be written.
+        DataError: A value does not fit int32.
+        GeometryError: The mask has another shape than the scan.
+    """
+    image_ending(path)
+    if mask.shape != like.array.shape[1:]:
+        raise GeometryError(
+            f"mask for {path} is {_times(mask.shape)} voxels, its scan {_times(like.array.shape[1:])}; "
+            "bring it back to the grid of the scan first"
+        )
+    header = like.header if like.header is not None else header_of_affine(like.affine, like.spacing_mm)
+    write_values(path, _smallest_integers(mask, str(path)), header)
+
+
+def _check_affine(affine: Affine, name: str) -> None:
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or (affine[3] != (0, 0, 0, 1)).any():
+        raise GeometryError(f"{name}: affine must be 4 x 4, finite, with last row 0 0 0 1, not {affine.tolist()}")
+    spacing = np.asarray(_spacing_mm(affine))
+    if (spacing <= 0).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
+        raise GeometryError(f"{name}: affine {affine.tolist()} cannot be inverted; set qform or sform of its header")
+
+
+def _check_header_fits(header: Nifti1Header, shape: tuple[int, ...], affine: Affine) -> None:
+    same_shape = tuple(header.get_data_shape()[:3]) == shape  # type: ignore[no-untyped-call]
+    same_affine = np.array_equal(header.get_best_affine(), affine)  # type: ignore[no-untyped-call]
+    if not (same_shape and same_affine):
+        raise GeometryError("volume and its header have different grids; leave the header out (None) after resampling")
+
+
+def _check_image_array(array: ImageArray) -> None:
+    if array.ndim != 4 or array.dtype != np.float32 or 0 in array.shape:
+        raise DataError(
+            f"volume must be float32 with axes C X Y Z, none empty, not {array.dtype} of shape {array.shape}; "
+            "add a channel axis or convert it"
+        )
+    _check_finite(array, "volume")
+
+
+def _check_finite(array: Shaped[np.ndarray, "*shape"], name: str) -> None:
+    finite = np.isfinite(array)
+    if not finite.all():
+        count = array.size - np.count_nonzero(finite)
+        raise DataError(
+            f"{name}: {count} voxel(s) are NaN or infinite; replace them, for example by the background value"
+        )
+
+
+def _smallest_integers(values: Shaped[np.ndarray, "X Y Z"], name: str) -> MaskArray:
+    low, high = values.min(initial=0), values.max(initial=0)
+    for dtype in (np.uint8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return values.astype(dtype)
+    raise DataError(f"{name}: label values from {low:g} to {high:g} do not fit 32 bits; renumber the labels")
+
+
+def _spacing_mm(affine: Affine) -> tuple[float, float, float]:
+    x, y, z = (math.hypot(*column) for column in affine[:3, :3].T)
+    return x, y, z
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(str(size) for size in shape)

@@ -1,0 +1,121 @@
+"""Differentiable objectives.
+
+Paper: Dice + BCE + VQ. Here: soft Dice over the batch plus cross-entropy (binary for regions), the same at 1/4 and 1/8
+(deep supervision), commitment, and the importance score against the cells that the reference surface crosses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from tokenseg.config import TrainConfig
+from tokenseg.model.network import TokenRecord, TokenSegOutput
+from tokenseg.shapes import Logits
+
+Targets = Float[Tensor, "B L X Y Z"]
+
+
+class LossParts(NamedTuple):
+    """The training loss and what it is made of, before weighting."""
+
+    total: Float[Tensor, ""]
+    """Weighted sum; the one to differentiate."""
+    segmentation: Float[Tensor, ""]
+    """Dice + cross-entropy at full resolution."""
+    deep: Float[Tensor, ""]
+    """Mean of the same at 1/4 and 1/8."""
+    commitment: Float[Tensor, ""]
+    """Mean squared distance of tokens to their codes."""
+    score: Float[Tensor, ""]
+    """Cross-entropies of the importance score and of the cell contents behind it."""
+
+
+def training_loss(
+    output: TokenSegOutput, labels: Integer[Tensor, "B R X Y Z"], *, regions: bool, config: TrainConfig
+) -> LossParts:
+    """Join all objectives.
+
+    Args:
+        output: Of a forward pass in training mode.
+        labels: R = 1 with label indices 0..n, or one 0/1 map a region.
+        regions: Whether outputs may overlap (sigmoid) or exclude each other (softmax).
+        config: Weights of the parts.
+    """
+    targets = one_hot(labels, output.logits.shape[1], regions=regions)
+    segmentation = segmentation_loss(output.logits, targets, regions=regions)
+    zero = segmentation.new_zeros(())
+    deep = [segmentation_loss(logits, _averaged(targets, logits), regions=regions) for logits in output.deep_logits]
+    deep_mean = torch.stack(deep).mean() if deep else zero
+    commitment = output.tokens.commitment_loss if output.tokens is not None else zero
+    score = score_loss(output.tokens, labels.amax(dim=1) > 0) if output.tokens is not None else zero
+    total = (
+        segmentation
+        + config.deep_supervision_weight * deep_mean
+        + config.commitment_weight * commitment
+        + config.score_weight * score
+    )
+    return LossParts(total, segmentation, deep_mean, commitment, score)
+
+
+def one_hot(labels: Integer[Tensor, "B R X Y Z"], num_outputs: int, *, regions: bool) -> Targets:
+    """Turn labels into one 0/1 map an output; exclusive labels get a background map first."""
+    if regions:
+        return labels.float()
+    return nn.functional.one_hot(labels[:, 0].long(), num_outputs).movedim(-1, 1).float()
+
+
+def _averaged(targets: Targets, logits: Logits) -> Targets:
+    """Fractions of each label in the voxels of a coarser map."""
+    x, y, z = logits.shape[2:]
+    return nn.functional.adaptive_avg_pool3d(targets, (x, y, z))
+
+
+def segmentation_loss(logits: Logits, targets: Targets, *, regions: bool) -> Float[Tensor, ""]:
+    """Soft Dice loss plus cross-entropy; `targets` may be fractions after averaging.
+
+    Dice sums over the whole batch, so that a window without foreground does not ask for an empty answer at full weight.
+    """
+    logits = logits.float()
+    if regions:
+        probabilities = logits.sigmoid()
+        entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets)
+    else:
+        log_probabilities = logits.log_softmax(dim=1)
+        probabilities = log_probabilities.exp()
+        entropy = -(targets * log_probabilities).sum(dim=1).mean()
+    first = 0 if regions else 1
+    axes = (0, 2, 3, 4)
+    overlap = (probabilities * targets).sum(dim=axes)[first:]
+    sizes = (probabilities + targets).sum(dim=axes)[first:]
+    dice = (2 * overlap + 1e-5) / (sizes + 1e-5)
+    return (1 - dice.mean()) + entropy
+
+
+def score_loss(tokens: TokenRecord, foreground: Bool[Tensor, "B X Y Z"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy of the score (does the surface cross the cell?) and of the cell's predicted contents."""
+    inside, volume = cell_foreground(foreground, tokens.boxes_vox)
+    holds_foreground, holds_background = inside > 0, inside < volume
+    real = (volume > 0).expand_as(inside)
+    crossed = (holds_foreground & holds_background).float()
+    contents = torch.stack([holds_foreground, holds_background], dim=-1).float()
+    entropy = nn.functional.binary_cross_entropy_with_logits
+    importance = tokens.importance
+    return entropy(importance.logit[real], crossed[real]) + entropy(importance.presence_logits[real], contents[real])
+
+
+def cell_foreground(
+    foreground: Bool[Tensor, "B X Y Z"], boxes_vox: Integer[Tensor, "N 2 3"]
+) -> tuple[Integer[Tensor, "B N"], Integer[Tensor, " N"]]:
+    """Foreground voxels in each cell, and voxels of each cell, exactly (summed-area table)."""
+    table = nn.functional.pad(foreground.long(), (1, 0, 1, 0, 1, 0)).cumsum(1).cumsum(2).cumsum(3)
+    boxes = boxes_vox.to(foreground.device)
+    inside = torch.zeros(foreground.shape[0], boxes.shape[0], dtype=torch.long, device=foreground.device)
+    for corner in range(8):
+        picks = [(corner >> axis) & 1 for axis in range(3)]
+        x, y, z = (boxes[:, pick, axis] for axis, pick in enumerate(picks))
+        inside += (-1) ** (3 - sum(picks)) * table[:, x, y, z]
+    return inside, (boxes[:, 1] - boxes[:, 0]).prod(dim=1)

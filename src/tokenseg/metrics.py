@@ -1,0 +1,394 @@
+"""How good a mask is: overlap, surface distance, volume and lesions, in millimetres and millilitres.
+
+Every function takes boolean masks (X, Y, Z) and `spacing_mm`, the voxel size along each axis; masks are True inside.
+
+Empty masks (frozen; a missed lesion never improves the mean of a score):
+
+- Both masks empty, status `both_empty`: nothing was to be found and nothing was claimed. Every score is NaN, is left
+  out of means, and is counted.
+- Only the prediction empty, status `missed`: Dice, IoU, NSD and lesion F1 are 0; HD95 is the diagonal of the image in
+  mm, which no pair of surfaces reaches; the relative volume error is 2, its largest value.
+- Only the reference empty, status `false_positive`: the same values.
+
+The volume error in ml is a signed bias and not a score: its mean may fall or rise by a missed lesion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from tokenseg.errors import ConfigError, GeometryError
+from tokenseg.shapes import BoolMask
+
+METRICS_VERSION = 1
+"""Goes up whenever a definition in this file changes, so that numbers can be told apart."""
+
+LESION_MIN_IOU = 0.1
+"""A predicted lesion finds a reference lesion if the two overlap in at least this share of their union."""
+
+# The same distance computed along two paths differs in the last digits; a tolerance of 0.3 mm must include 3 x 0.1 mm.
+_ROUNDING_MM = 1e-6
+
+_NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)
+
+# Three axes; that they are as long as the reference's is checked here, since types are only checked in tests.
+PredictionMask: TypeAlias = Bool[np.ndarray, "_ _ _"]
+SpacingMm: TypeAlias = tuple[float, float, float]
+Status: TypeAlias = Literal["both_present", "both_empty", "missed", "false_positive"]
+
+
+class VoxelCounts(NamedTuple):
+    """Voxels by agreement of the two masks."""
+
+    true_positive: int
+    false_positive: int
+    false_negative: int
+    true_negative: int
+
+    @property
+    def dice(self) -> float:
+        """See `dice`."""
+        return _ratio(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
+
+    @property
+    def iou(self) -> float:
+        """See `iou`."""
+        return _ratio(self.true_positive, self.true_positive + self.false_positive + self.false_negative)
+
+    @property
+    def relative_volume_error(self) -> float:
+        """See `relative_volume_error`."""
+        size_sum = 2 * self.true_positive + self.false_positive + self.false_negative
+        return _ratio(2 * abs(self.false_positive - self.false_negative), size_sum)
+
+
+class LesionCounts(NamedTuple):
+    """Lesions found, invented and overlooked; see `match_lesions` for the matching rule."""
+
+    true_positive: int
+    false_positive: int
+    false_negative: int
+
+    @property
+    def f1(self) -> float:
+        """2 TP / (2 TP + FP + FN), in [0, 1]; NaN where there are no lesions at all."""
+        return _ratio(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % bootstrap interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class SurfaceDistances(NamedTuple):
+    """For each surface voxel of one mask the distance to the nearest surface voxel of the other, in mm, unsorted."""
+
+    reference_to_prediction_mm: Float[np.ndarray, " R"]
+    prediction_to_reference_mm: Float[np.ndarray, " P"]
+
+
+@dataclass(frozen=True)
+class CaseLabelScore:
+    """All measures of one label of one case; NaN stands for "not defined", see the policy of this module."""
+
+    status: Status
+    """Which of the two masks is empty; `both_present` also where they do not touch."""
+    dice: float
+    """[0, 1]."""
+    iou: float
+    """[0, 1]."""
+    hd95_mm: float
+    """[0, diagonal of the image]."""
+    nsd: float
+    """Normalised surface Dice at the tolerance given, [0, 1]."""
+    reference_ml: float
+    prediction_ml: float
+    volume_error_ml: float
+    """Prediction less reference, signed; always defined."""
+    relative_volume_error: float
+    """Unsigned and symmetric, [0, 2]."""
+    lesion_f1: float
+    """[0, 1]."""
+    lesions: LesionCounts
+    voxels: VoxelCounts
+
+
+def dice(reference: BoolMask, prediction: PredictionMask) -> float:
+    """Dice coefficient, 2 |A and B| / (|A| + |B|), in [0, 1]; NaN if both masks are empty.
+
+    Raises:
+        GeometryError: The masks differ in shape.
+    """
+    return _count_voxels(reference, prediction).dice
+
+
+def iou(reference: BoolMask, prediction: PredictionMask) -> float:
+    """Intersection over union, in [0, 1]; NaN if both masks are empty.
+
+    Raises:
+        GeometryError: The masks differ in shape.
+    """
+    return _count_voxels(reference, prediction).iou
+
+
+def hd95_mm(reference: BoolMask, prediction: PredictionMask, spacing_mm: SpacingMm) -> float:
+    """Hausdorff distance at the 95th percentile: the larger of the two directed percentiles, in mm.
+
+    Returns:
+        In [0, diagonal of the image]. One empty mask gives the diagonal, two give NaN.
+
+    Raises:
+        GeometryError: The masks differ in shape, or a spacing is not positive.
+    """
+    distances = surface_distances_mm(reference, prediction, spacing_mm)
+    return _hd95_mm(distances, image_diagonal_mm(reference.shape, spacing_mm))
+
+
+def normalised_surface_dice(
+    reference: BoolMask, prediction: PredictionMask, spacing_mm: SpacingMm, tolerance_mm: float
+) -> float:
+    """Share of both surfaces that lies within `tolerance_mm` of the other surface.
+
+    Surface voxels are counted, each with the same weight whatever the spacing.
+
+    Returns:
+        In [0, 1]. One empty mask gives 0, two give NaN.
+
+    Raises:
+        GeometryError: The masks differ in shape, or a spacing is not positive.
+        ConfigError: `tolerance_mm` is negative or not finite.
+    """
+    check_tolerance(tolerance_mm)
+    return _surface_dice(surface_distances_mm(reference, prediction, spacing_mm), tolerance_mm)
+
+
+def surface_distances_mm(reference: BoolMask, prediction: PredictionMask, spacing_mm: SpacingMm) -> SurfaceDistances:
+    """Distances between the two surfaces, both ways, between voxel centres.
+
+    A surface voxel is a mask voxel with one of its 6 neighbours outside the mask; beyond the border of the volume is
+    outside. If one of the masks is empty, the distances from the other are infinite.
+
+    Raises:
+        GeometryError: The masks differ in shape, or a spacing is not positive.
+    """
+    _check_same_shape(reference, prediction)
+    _check_spacing(spacing_mm)
+    box = _bounding_box(reference | prediction)
+    reference_mm = _surface_points_mm(reference[box], spacing_mm)
+    prediction_mm = _surface_points_mm(prediction[box], spacing_mm)
+    return SurfaceDistances(_nearest_mm(reference_mm, prediction_mm), _nearest_mm(prediction_mm, reference_mm))
+
+
+def image_diagonal_mm(shape: tuple[int, ...], spacing_mm: SpacingMm) -> float:
+    """Length of the diagonal of the whole image, in mm: larger than any distance between two voxel centres."""
+    return float(np.linalg.norm(np.asarray(shape) * np.asarray(spacing_mm)))
+
+
+def volume_ml(mask: BoolMask, spacing_mm: SpacingMm) -> float:
+    """Volume of a mask: voxels times voxel volume, in ml; 0 if empty."""
+    return int(np.count_nonzero(mask)) * float(np.prod(spacing_mm)) / 1000.0
+
+
+def volume_error_ml(reference: BoolMask, prediction: PredictionMask, spacing_mm: SpacingMm) -> float:
+    """Volume of the prediction less that of the reference, in ml; negative where too little was found.
+
+    Raises:
+        GeometryError: The masks differ in shape.
+    """
+    _check_same_shape(reference, prediction)
+    return volume_ml(prediction, spacing_mm) - volume_ml(reference, spacing_mm)
+
+
+def relative_volume_error(reference: BoolMask, prediction: PredictionMask) -> float:
+    """Unsigned volume error by the mean of the two volumes, 2 |P - R| / (P + R), in [0, 2].
+
+    Unlike the error by the reference's volume, it is bounded, defined for an empty reference, and largest where one
+    mask is empty, so that a missed lesion is never a good volume. Two empty masks give NaN.
+
+    Raises:
+        GeometryError: The masks differ in shape.
+    """
+    return _count_voxels(reference, prediction).relative_volume_error
+
+
+def match_lesions(reference: BoolMask, prediction: PredictionMask) -> LesionCounts:
+    """Count lesions found, invented and overlooked; the F1 is a property of the result.
+
+    Rule "greedy one-to-one at IoU 0.1": lesions are the 26-connected components of each mask. Pairs of a reference and
+    a predicted lesion that overlap in at least `LESION_MIN_IOU` of their union are matched one to one, the largest IoU
+    first (ties: the lesion that comes first in the array). A matched pair is a true positive, a predicted lesion
+    without a partner a false positive, a reference lesion without one a false negative. One prediction that joins two
+    lesions thus finds one of them at most. No lesion is too small to count.
+
+    Raises:
+        GeometryError: The masks differ in shape.
+    """
+    _check_same_shape(reference, prediction)
+    box = _bounding_box(reference | prediction)
+    reference_labels, num_reference = ndimage.label(reference[box], structure=_NEIGHBOURS_26)
+    prediction_labels, num_prediction = ndimage.label(prediction[box], structure=_NEIGHBOURS_26)
+    found = _count_matches(_component_ious(reference_labels, prediction_labels))
+    return LesionCounts(found, num_prediction - found, num_reference - found)
+
+
+def score_label(
+    reference: BoolMask, prediction: PredictionMask, spacing_mm: SpacingMm, tolerance_mm: float
+) -> CaseLabelScore:
+    """Measure one label of one case in every way of this module.
+
+    Args:
+        reference: What is there.
+        prediction: What was found, on the same grid.
+        spacing_mm: Voxel size along each axis; may be anisotropic.
+        tolerance_mm: Distance up to which two surfaces agree, for the normalised surface Dice.
+
+    Raises:
+        GeometryError: The masks differ in shape, or a spacing is not positive.
+        ConfigError: `tolerance_mm` is negative or not finite.
+    """
+    check_tolerance(tolerance_mm)
+    voxels = _count_voxels(reference, prediction)
+    distances = surface_distances_mm(reference, prediction, spacing_mm)
+    lesions = match_lesions(reference, prediction)
+    return CaseLabelScore(
+        status=_status(distances),
+        dice=voxels.dice,
+        iou=voxels.iou,
+        hd95_mm=_hd95_mm(distances, image_diagonal_mm(reference.shape, spacing_mm)),
+        nsd=_surface_dice(distances, tolerance_mm),
+        reference_ml=volume_ml(reference, spacing_mm),
+        prediction_ml=volume_ml(prediction, spacing_mm),
+        volume_error_ml=volume_error_ml(reference, prediction, spacing_mm),
+        relative_volume_error=voxels.relative_volume_error,
+        lesion_f1=lesions.f1,
+        lesions=lesions,
+        voxels=voxels,
+    )
+
+
+def bootstrap_interval(values: Float[np.ndarray, " n"], *, seed: int = 0, resamples: int = 2000) -> Interval:
+    """Mean and 95 % percentile-bootstrap interval over cases.
+
+    Args:
+        values: One value a case; NaN values are left out.
+        seed: Of the resampling; the same values and seed give the same interval.
+        resamples: Bootstrap samples drawn.
+
+    Returns:
+        NaNs if no value is left; one value is its own interval.
+    """
+    present = values[~np.isnan(values)]
+    if present.size == 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    draws = np.random.default_rng(seed).integers(0, present.size, size=(resamples, present.size))
+    low, high = np.percentile(present[draws].mean(axis=1), (2.5, 97.5))
+    return Interval(float(present.mean()), float(low), float(high))
+
+
+def check_tolerance(tolerance_mm: float) -> None:
+    """Refuse a tolerance that is no length.
+
+    Raises:
+        ConfigError: `tolerance_mm` is negative or not finite.
+    """
+    if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise ConfigError(f"surface tolerance is {tolerance_mm} mm; give a finite number of millimetres, 0 or more")
+
+
+def _check_same_shape(reference: BoolMask, prediction: PredictionMask) -> None:
+    if reference.shape != prediction.shape:
+        raise GeometryError(
+            f"reference mask has shape {reference.shape}, prediction {prediction.shape}; "
+            "both must be on one grid, resample the prediction to the reference"
+        )
+
+
+def _check_spacing(spacing_mm: SpacingMm) -> None:
+    if not all(np.isfinite(size) and size > 0 for size in spacing_mm):
+        raise GeometryError(f"voxel spacing is {spacing_mm} mm; all three must be positive, mend the image's header")
+
+
+def _count_voxels(reference: BoolMask, prediction: PredictionMask) -> VoxelCounts:
+    _check_same_shape(reference, prediction)
+    both = int(np.count_nonzero(reference & prediction))
+    only_prediction = int(np.count_nonzero(prediction)) - both
+    only_reference = int(np.count_nonzero(reference)) - both
+    return VoxelCounts(both, only_prediction, only_reference, reference.size - both - only_prediction - only_reference)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _status(distances: SurfaceDistances) -> Status:
+    has_reference, has_prediction = (directed_mm.size > 0 for directed_mm in distances)
+    if has_reference:
+        return "both_present" if has_prediction else "missed"
+    return "false_positive" if has_prediction else "both_empty"
+
+
+def _hd95_mm(distances: SurfaceDistances, diagonal_mm: float) -> float:
+    status = _status(distances)
+    if status == "both_empty":
+        return float("nan")
+    if status != "both_present":
+        return diagonal_mm
+    return max(float(np.percentile(directed_mm, 95)) for directed_mm in distances)
+
+
+def _surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float:
+    both_ways_mm = np.concatenate(distances)
+    return float(np.mean(both_ways_mm <= tolerance_mm + _ROUNDING_MM)) if both_ways_mm.size else float("nan")
+
+
+def _bounding_box(mask: BoolMask) -> tuple[slice, slice, slice]:
+    """Smallest box with all of the mask; an empty box for an empty mask."""
+    boxes = ndimage.find_objects(mask.astype(np.uint8))
+    return boxes[0] if boxes else (slice(0), slice(0), slice(0))
+
+
+def _surface_points_mm(mask: BoolMask, spacing_mm: SpacingMm) -> Float[np.ndarray, "n 3"]:
+    inner = ndimage.binary_erosion(mask)  # 6-neighbourhood; beyond the array counts as outside
+    return np.argwhere(mask & ~inner) * np.asarray(spacing_mm, dtype=np.float64)
+
+
+def _nearest_mm(from_mm: Float[np.ndarray, "n 3"], to_mm: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, " n"]:
+    if len(from_mm) == 0 or len(to_mm) == 0:
+        return np.full(len(from_mm), np.inf)
+    distances_mm, _ = cKDTree(to_mm).query(from_mm)
+    return np.asarray(distances_mm)
+
+
+def _component_ious(
+    reference_labels: Int[np.ndarray, "X Y Z"], prediction_labels: Int[np.ndarray, "X Y Z"]
+) -> Float[np.ndarray, "pairs 3"]:
+    """Reference label, predicted label and IoU of each pair of components that share a voxel."""
+    reference_sizes = np.bincount(reference_labels.ravel())
+    prediction_sizes = np.bincount(prediction_labels.ravel())
+    shared = (reference_labels > 0) & (prediction_labels > 0)
+    pairs, overlap = np.unique(
+        np.stack([reference_labels[shared], prediction_labels[shared]], axis=1), axis=0, return_counts=True
+    )
+    union = reference_sizes[pairs[:, 0]] + prediction_sizes[pairs[:, 1]] - overlap
+    return np.column_stack([pairs, overlap / union])
+
+
+def _count_matches(pairs: Float[np.ndarray, "pairs 3"]) -> int:
+    """Greedy one-to-one matching by falling IoU; the sort is stable, so ties keep the order of the array."""
+    candidates = pairs[pairs[:, 2] >= LESION_MIN_IOU]
+    taken_reference: set[int] = set()
+    taken_prediction: set[int] = set()
+    for reference_label, prediction_label, _ in candidates[np.argsort(-candidates[:, 2], kind="stable")]:
+        if reference_label not in taken_reference and prediction_label not in taken_prediction:
+            taken_reference.add(reference_label)
+            taken_prediction.add(prediction_label)
+    return len(taken_reference)

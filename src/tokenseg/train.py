@@ -1,0 +1,277 @@
+"""`tokenseg train`: from a dataset folder to a run folder with a model and its validation.
+
+RUN/
+  config.toml        plan, network and training settings; edit and pass back with --config
+  run.json           how the run was asked for, and the number of steps
+  fingerprint.json   the dataset in numbers
+  splits.json        the folds
+  cache/             prepared cases; may be deleted
+  log.csv            one row a step
+  state.safetensors  what a resumed run starts from
+  model/             all that `tokenseg segment` needs
+  validation/        masks of the fold's validation cases, scores.json, scores.csv
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from tokenseg import __version__
+from tokenseg.checkpoint import Model, ModelFacts, save_model
+from tokenseg.config import (
+    PRESETS,
+    NetworkConfig,
+    Plan,
+    RunConfig,
+    TrainOptions,
+    build_run_config,
+    read_overrides,
+    read_run_config,
+    write_run_config,
+)
+from tokenseg.data.cases import Dataset, Split
+from tokenseg.data.datasets import open_dataset
+from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
+from tokenseg.data.planner import make_plan
+from tokenseg.data.splits import split_folds
+from tokenseg.device import bfloat16_helps, choose_device
+from tokenseg.errors import ConfigError, DataError
+from tokenseg.evaluate import Evaluation, evaluate_folders, write_csv, write_json
+from tokenseg.files import write_atomically
+from tokenseg.model.network import TokenSeg
+from tokenseg.progress import Progress, Silent
+from tokenseg.segment import segment_cases
+from tokenseg.training.augment import build_augmentation
+from tokenseg.training.batches import TrainingBatches
+from tokenseg.training.cache import prepare_cases
+from tokenseg.training.loop import LOG_NAME, STATE_NAME, Fit, fit, measure_step_seconds
+
+MakeNetwork = Callable[[NetworkConfig, Plan], nn.Module]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    run: Path
+    """The run folder."""
+    steps: int
+    """Training steps in all."""
+    evaluation: Evaluation
+    """Scores of the fold's validation cases, on their own grids."""
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What is settled before the first step, and the same after a resume."""
+
+    dataset: Dataset
+    config: RunConfig
+    split: Split
+    options: TrainOptions
+    total_steps: int | None
+
+
+def train(
+    dataset_path: Path,
+    run_path: Path,
+    options: TrainOptions,
+    progress: Progress | None = None,
+    make_network: MakeNetwork = TokenSeg,
+) -> TrainResult:
+    """Train on one fold of a dataset and validate on the rest of it.
+
+    Args:
+        dataset_path: Dataset folder in a known layout.
+        run_path: Run folder; must be new, unless resuming.
+        options: As on the command line.
+        progress: Told about the work.
+        make_network: Makes the network; a benchmark gives another one, which must return a `TokenSegOutput`.
+
+    Raises:
+        TokenSegError: Dataset, settings or run folder cannot be used, or training broke down.
+    """
+    progress = progress or Silent()
+    options.check()
+    device = choose_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    resumed = _may_resume(run_path, options, progress)
+    setup = _load_setup(dataset_path, run_path, progress) if resumed else _new_setup(
+        dataset_path, run_path, options, progress
+    )  # fmt: skip
+    plan = setup.config.plan
+    chosen = {*setup.split.train, *setup.split.val}
+    cases = tuple(case for case in setup.dataset.cases if case.case_id in chosen)
+    prepared = prepare_cases(setup.dataset, cases, plan, run_path / "cache", progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(setup.options.seed)
+        network = make_network(setup.config.network, plan)
+    fabric = _fabric(device)
+    run = Fit(
+        fabric=fabric,
+        plan=plan,
+        config=setup.config.train,
+        batches=TrainingBatches(
+            [prepared[case_id] for case_id in setup.split.train],
+            plan,
+            setup.config.train.foreground_fraction,
+            build_augmentation(plan),
+            (setup.options.seed, fabric.global_rank),
+        ),
+        validation=[prepared[case_id] for case_id in setup.split.val],
+        folder=run_path,
+        progress=progress,
+        save_weights=lambda trained: save_model(run_path / "model", trained, _facts(setup)),
+    )
+    total_steps = setup.total_steps or _settle_steps(run, network, setup, run_path)
+    fit(run, network, total_steps)
+    evaluation = _validate(Model(network.eval(), _facts(setup), fabric.device), setup, run_path, progress)
+    save_model(run_path / "model", network, _facts(setup, total_steps, evaluation))
+    return TrainResult(run_path, total_steps, evaluation)
+
+
+def _may_resume(run_path: Path, options: TrainOptions, progress: Progress) -> bool:
+    exists = (run_path / "run.json").exists()
+    if exists and not options.resume:
+        raise ConfigError(
+            f"run folder {run_path} holds a run already; add --resume to go on with it, or name another folder"
+        )
+    if exists:
+        progress.message(f"resuming {run_path}; settings are those it was started with")
+    if options.resume and not exists:
+        progress.message(f"nothing to resume in {run_path}; starting a new run")
+    return exists
+
+
+def _new_setup(dataset_path: Path, run_path: Path, options: TrainOptions, progress: Progress) -> _Setup:
+    overrides = read_overrides(options.config) if options.config else {}
+    dataset = open_dataset(dataset_path)
+    progress.message(dataset.reason)
+    splits = split_folds(dataset)
+    if options.fold >= len(splits):
+        raise ConfigError(f"--fold {options.fold}: the dataset has folds 0 to {len(splits) - 1}")
+    fingerprint = _fingerprint(dataset, run_path, progress)
+    config = build_run_config(make_plan(dataset, fingerprint), PRESETS[options.preset], overrides)
+    for field, reason in config.plan.reasons.items():
+        progress.message(f"plan: {field}: {reason}")
+    write_run_config(run_path / "config.toml", config)
+    _write_json(run_path / "splits.json", [{"train": split.train, "val": split.val} for split in splits])
+    setup = _Setup(dataset, config, splits[options.fold], options, None)
+    _write_run(run_path, setup)
+    return setup
+
+
+def _fingerprint(dataset: Dataset, run_path: Path, progress: Progress) -> Fingerprint:
+    progress.stage("reading", len(dataset.cases))
+    fingerprint = take_fingerprint(dataset, lambda done, _: progress.advance(dataset.cases[done - 1].case_id))
+    write_atomically(run_path / "fingerprint.json", fingerprint.model_dump_json(indent=1).encode())
+    return fingerprint
+
+
+def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setup:
+    try:
+        facts = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
+        splits = json.loads((run_path / "splits.json").read_text(encoding="utf-8"))
+        options = TrainOptions(fold=facts["fold"], seed=facts["seed"], max_minutes=facts["max_minutes"])
+        split = Split(tuple(splits[options.fold]["train"]), tuple(splits[options.fold]["val"]))
+        total_steps = facts["total_steps"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"run folder {run_path} cannot be resumed: {error!r}; start again in a new folder") from error
+    dataset = open_dataset(dataset_path)
+    absent = sorted({*split.train, *split.val} - {case.case_id for case in dataset.cases})
+    if absent:
+        raise DataError(
+            f"run {run_path} was started on other cases: {absent[0]} and {len(absent) - 1} more "
+            f"are not in {dataset_path}; give the dataset it was started with"
+        )
+    if facts["threads"] != torch.get_num_threads():
+        progress.message(f"note: {facts['threads']} threads before, {torch.get_num_threads()} now: not bit-identical")
+    return _Setup(dataset, read_run_config(run_path / "config.toml"), split, options, total_steps)
+
+
+def _settle_steps(run: Fit, network: nn.Module, setup: _Setup, run_path: Path) -> int:
+    """Fix the number of steps: as asked, from a timed warm-up, or as planned; and save it with the run."""
+    options = setup.options
+    total_steps = options.max_steps or setup.config.plan.steps
+    if options.max_minutes is not None:
+        seconds = measure_step_seconds(run, network)
+        total_steps = max(1, int(options.max_minutes * 60 / seconds))
+        run.progress.message(f"{seconds:.3f} s a step: {total_steps} steps in {options.max_minutes:g} minutes")
+    total_steps = int(run.fabric.broadcast(total_steps))
+    if run.fabric.is_global_zero:
+        _write_run(run_path, _Setup(setup.dataset, setup.config, setup.split, options, total_steps))
+    return total_steps
+
+
+def _write_run(run_path: Path, setup: _Setup) -> None:
+    facts = {
+        "tokenseg": __version__,
+        "torch": torch.__version__,
+        "dataset": setup.dataset.root.name,
+        "layout": setup.dataset.layout,
+        "preset": setup.options.preset,
+        "fold": setup.options.fold,
+        "seed": setup.options.seed,
+        "max_minutes": setup.options.max_minutes,
+        "threads": torch.get_num_threads(),
+        # Known at once when asked for in steps; after the timed warm-up when asked for in minutes.
+        "total_steps": setup.total_steps or setup.options.max_steps,
+    }
+    _write_json(run_path / "run.json", facts)
+
+
+def _write_json(path: Path, values: object) -> None:
+    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def _fabric(device: torch.device) -> Fabric:
+    """One process, unless a launcher such as torchrun has started several."""
+    fabric = Fabric(
+        accelerator=device.type,
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        precision="bf16-mixed" if bfloat16_helps(device) else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | None = None) -> ModelFacts:
+    training: dict[str, Any] = {
+        "tokenseg_version": __version__,
+        "training_cases": len(setup.split.train),
+        "validation_cases": len(setup.split.val),
+        "fold": setup.options.fold,
+        "seed": setup.options.seed,
+    }
+    if evaluation is not None:
+        training["steps"] = steps
+        for summary in evaluation.summaries:
+            dice = summary.intervals["dice"]
+            training[f"validation_dice_{summary.label.name}"] = f"{dice.mean:.4f} ({dice.low:.4f} to {dice.high:.4f})"
+    return ModelFacts(
+        name=setup.dataset.root.name, plan=setup.config.plan, network=setup.config.network, training=training
+    )
+
+
+def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -> Evaluation:
+    """Segment the validation cases from their files and score them on their own grids."""
+    held_out = set(setup.split.val)
+    folder = run_path / "validation"
+    segment_cases([model], [case for case in setup.dataset.cases if case.case_id in held_out], folder, progress)
+    evaluation = evaluate_folders(folder, setup.dataset.root)
+    write_json(folder / "scores.json", evaluation)
+    write_csv(folder / "scores.csv", evaluation)
+    return evaluation
+
+
+__all__ = ["LOG_NAME", "STATE_NAME", "TrainResult", "train"]

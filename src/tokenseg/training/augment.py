@@ -1,0 +1,76 @@
+"""Augmentation by MONAI: each window's random choices follow from one seed, so that any step can be repeated alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, UInt8
+from monai.transforms.compose import Compose
+from monai.transforms.intensity.dictionary import (
+    RandAdjustContrastd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    RandScaleIntensityd,
+)
+from monai.transforms.spatial.dictionary import RandAffined, RandFlipd, RandSimulateLowResolutiond
+from torch import Tensor
+
+from tokenseg.config import Plan
+
+Window: TypeAlias = dict[str, Tensor]
+Augmentation: TypeAlias = Callable[[Window, int], Window]
+
+
+def build_augmentation(plan: Plan) -> Augmentation:
+    """Make the augmentation for a plan: (window with `image` and `labels`, seed) -> augmented window.
+
+    Rotation and scaling, left-right flip, noise, blur, brightness, contrast, coarser resolution; magnitudes as
+    customary in the field. Only left-right is flipped: along the other axes anatomy is not symmetric, and labels such
+    as anterior and posterior would swap their meaning. Rotation out of the plane is left out where slices are thick.
+    """
+    both, image = ["image", "labels"], ["image"]
+    transforms = Compose(
+        [
+            RandAffined(
+                both,
+                prob=0.4,
+                rotate_range=_rotation_rad(plan.spacing_mm),
+                scale_range=(0.2, 0.2, 0.2),
+                mode=["bilinear", "nearest"],
+                padding_mode="zeros",
+            ),
+            RandFlipd(both, prob=0.5, spatial_axis=0),
+            RandGaussianNoised(image, prob=0.15, std=0.3),
+            RandGaussianSmoothd(image, prob=0.15, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0), sigma_z=(0.5, 1.0)),
+            RandScaleIntensityd(image, prob=0.2, factors=0.25),
+            RandAdjustContrastd(image, prob=0.2, gamma=(0.7, 1.5), retain_stats=True),
+            RandSimulateLowResolutiond(image, prob=0.15, zoom_range=(0.5, 1.0)),
+        ]
+    )
+
+    def augment(window: Window, seed: int) -> Window:
+        transforms.set_random_state(seed=seed)
+        result = transforms(window)
+        return {
+            "image": _plain(result["image"]).float(),
+            "labels": _plain(result["labels"]).round().to(torch.uint8),
+        }
+
+    return augment
+
+
+def _plain(values: Tensor) -> Float[Tensor, "C X Y Z"] | UInt8[Tensor, "R X Y Z"]:
+    """Drop MONAI's tensor subclass."""
+    return values.as_subclass(Tensor).contiguous()
+
+
+def _rotation_rad(spacing_mm: tuple[float, float, float]) -> list[float]:
+    """Largest rotation about each axis: 30 degrees in isotropic voxels, none out of thick slices."""
+    rotations = []
+    for axis in range(3):
+        across = [spacing for other, spacing in enumerate(spacing_mm) if other != axis]
+        rotations.append(math.radians(30) if max(across) < 3 * min(across) else 0.0)
+    return rotations

@@ -1,0 +1,106 @@
+"""Prepared cases on disk, memory-mapped: the dataset may be larger than memory, and a resumed run starts at once.
+
+    cache/<plan and dataset hash>/<case>/image.npy     float32 (C, X, Y, Z) on the plan's grid
+                                         labels.npy    uint8 (R, X, Y, Z)
+                                         points.npy    int32 (n, 4): output label, x, y, z of foreground voxels
+
+Points are a fixed random sample of each label's voxels; training windows are centred on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int32, UInt8
+
+from tokenseg.config import Plan
+from tokenseg.data.cases import Case, Dataset
+from tokenseg.data.datasets import load_case
+from tokenseg.data.preprocess import prepare_image, prepare_labels
+from tokenseg.errors import TokenSegError
+from tokenseg.files import write_atomically
+from tokenseg.progress import Progress
+
+POINTS_PER_LABEL = 2000
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One case, ready for training; arrays are memory-mapped and read-only."""
+
+    case_id: str
+    image: Float[np.ndarray, "C X Y Z"]
+    labels: UInt8[np.ndarray, "R X Y Z"]
+    points: Int32[np.ndarray, "n 4"]
+
+
+def prepare_cases(
+    dataset: Dataset, cases: tuple[Case, ...], plan: Plan, folder: Path, progress: Progress
+) -> dict[str, PreparedCase]:
+    """Prepare cases that are not in `folder` yet, and open all of them.
+
+    Raises:
+        TokenSegError: A case cannot be read or prepared; the message names it.
+        FileError: The folder cannot be written.
+    """
+    root = folder / _fingerprint(dataset, plan)
+    progress.stage("preparing", len(cases))
+    prepared = {}
+    for case in cases:
+        case_folder = root / case.case_id
+        # `points.npy` is written last: where it is, the other two are complete.
+        if not (case_folder / "points.npy").exists():
+            _prepare(dataset, case, plan, case_folder)
+        prepared[case.case_id] = _open(case.case_id, case_folder)
+        progress.advance(case.case_id)
+    return prepared
+
+
+def _fingerprint(dataset: Dataset, plan: Plan) -> str:
+    """Hash of what decides the content: the plan's grid and intensities, and the dataset's place."""
+    decides = plan.model_dump(mode="json", include={
+        "channels", "source_channels", "joint_zscore", "normalisation", "labels", "regions", "spacing_mm",
+    })  # fmt: skip
+    text = json.dumps([decides, str(dataset.root.resolve())], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _prepare(dataset: Dataset, case: Case, plan: Plan, folder: Path) -> None:
+    try:
+        loaded = load_case(dataset, case)
+        prepared = prepare_image(loaded.volume, plan, covering=loaded.mask)
+        labels = prepare_labels(loaded.mask, prepared.record, plan)
+    except TokenSegError as error:
+        raise type(error)(f"case {case.case_id}: {error}") from error
+    _save(folder / "image.npy", prepared.image)
+    _save(folder / "labels.npy", labels)
+    _save(folder / "points.npy", _sample_points(labels, regions=plan.regions))
+
+
+def _sample_points(labels: UInt8[np.ndarray, "R X Y Z"], *, regions: bool) -> Int32[np.ndarray, "n 4"]:
+    maps = list(enumerate(labels)) if regions else [(v, labels[0] == v) for v in np.unique(labels) if v]
+    rng = np.random.default_rng(0)
+    samples = []
+    for number, present in maps:
+        places = np.argwhere(present)
+        chosen = places[rng.permutation(len(places))[:POINTS_PER_LABEL]]
+        samples.append(np.column_stack([np.full(len(chosen), int(number)), chosen]))
+    return np.concatenate(samples or [np.zeros((0, 4))]).astype(np.int32)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    buffer = BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomically(path, buffer.getvalue())
+
+
+def _open(case_id: str, folder: Path) -> PreparedCase:
+    image, labels, points = (
+        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "labels", "points")
+    )
+    return PreparedCase(case_id, image, labels, points)
