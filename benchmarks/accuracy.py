@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--network", choices=["tokenseg", "tokenseg-off", *PEERS], default="tokenseg")
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--fold", type=lambda text: text if text == "all" else int(text), default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("accuracy.csv"))

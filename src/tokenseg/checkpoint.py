@@ -27,10 +27,14 @@ from torch import nn
 
 from tokenseg.config import NetworkConfig, Plan, Settings, parse_settings
 from tokenseg.errors import ConfigError, FileError, ModelError
+from tokenseg.files import write_atomically
 from tokenseg.model.network import TokenSeg
 
 SCHEMA_VERSION = 1
 WEIGHTS_NAME, FACTS_NAME, CARD_NAME = "weights.safetensors", "model.json", "README.md"
+
+# Of pickle protocols 2 to 5, and of the zip archive that torch.save puts one in.
+_PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
 
 
 class ModelFacts(Settings):
@@ -66,26 +70,27 @@ def save_model(folder: Path, network: nn.Module, facts: ModelFacts) -> None:
     """Write a model folder; an existing one is replaced as a whole.
 
     Raises:
-        FileError: The folder cannot be written.
+        FileError: The folder cannot be written; an existing one is then as it was.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     weights = save_tensors(tensors)
     facts = facts.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
     fresh = folder.with_name(f".partial-{secrets.token_hex(4)}-{folder.name}")
-    old = folder.with_name(f".old-{secrets.token_hex(4)}-{folder.name}")
     try:
         fresh.mkdir(parents=True)
-        (fresh / WEIGHTS_NAME).write_bytes(weights)
-        (fresh / FACTS_NAME).write_text(json.dumps(facts.model_dump(mode="json"), indent=2), encoding="utf-8")
-        (fresh / CARD_NAME).write_text(_card(facts, network), encoding="utf-8")
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    except OSError as error:
-        raise FileError(f"cannot write the model folder {folder}: {error.strerror or error}") from error
+        write_atomically(fresh / WEIGHTS_NAME, weights)
+        write_atomically(fresh / FACTS_NAME, json.dumps(facts.model_dump(mode="json"), indent=2).encode())
+        write_atomically(fresh / CARD_NAME, _card(facts, network).encode())
+        _exchange(fresh, folder)
+    except (OSError, FileError) as error:
+        # A FileError names the temporary folder; its cause is what the user needs.
+        cause = error.__cause__ if isinstance(error, FileError) else error
+        raise FileError(
+            f"cannot write the model folder {folder}: {getattr(cause, 'strerror', None) or cause}; "
+            "nothing was changed there"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
@@ -96,14 +101,12 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     """
     folder = _find_folder(Path(path))
     facts = _read_facts(folder / FACTS_NAME)
-    network = TokenSeg(facts.network, facts.plan)
     tensors = _read_weights(folder / WEIGHTS_NAME, facts.weights_sha256)
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{folder}: the weights do not fit the network in {FACTS_NAME}; copy the folder again"
-        ) from error
+    if _expected_shapes(facts) != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ModelError(f"{folder}: the weights do not fit the network in {FACTS_NAME}; copy the folder again")
+    with torch.random.fork_rng(devices=[]):
+        network = TokenSeg(facts.network, facts.plan)
+    network.load_state_dict(tensors)
     device = torch.device(device)
     return Model(network.to(device).eval(), facts, device)
 
@@ -113,7 +116,33 @@ def describe_model(model: Model) -> str:
     return _card(model.facts, model.network)
 
 
+def _exchange(fresh: Path, folder: Path) -> None:
+    """Let `fresh` take the name `folder`; if that fails, what had the name keeps it."""
+    if not folder.exists():
+        fresh.rename(folder)
+        return
+    old = folder.with_name(f".old-{secrets.token_hex(4)}-{folder.name}")
+    folder.rename(old)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _expected_shapes(facts: ModelFacts) -> dict[str, torch.Size] | None:
+    """Shapes of the weights of the described network, found without its memory; None where there is no such network."""
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in TokenSeg(facts.network, facts.plan).state_dict().items()}
+    except (RuntimeError, ValueError, TypeError, ArithmeticError):
+        return None
+
+
 def _find_folder(path: Path) -> Path:
+    if not path.exists():
+        raise ModelError(f"model {path} does not exist; check the path")
     if path.is_file():
         raise ModelError(
             f"{path} is a file; a model is a folder with {WEIGHTS_NAME} and {FACTS_NAME} "
@@ -121,9 +150,13 @@ def _find_folder(path: Path) -> Path:
         )
     folder = path if (path / FACTS_NAME).exists() or not (path / "model").is_dir() else path / "model"
     missing = [name for name in (FACTS_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+    if len(missing) == 1:
+        raise ModelError(f"model folder {folder} is incomplete: {missing[0]} is missing; copy the folder again")
+    if missing and (path / "run.json").is_file():
+        raise ModelError(f"run {path} has no model yet; go on with it: tokenseg train DATASET {path} --resume")
     if missing:
         raise ModelError(
-            f"{path} is not a model: {' and '.join(missing)} missing; "
+            f"{path} is not a model: {' and '.join(missing)} are missing; "
             "give a run folder of `tokenseg train`, or the model/ in it"
         )
     return folder
@@ -133,7 +166,7 @@ def _read_facts(path: Path) -> ModelFacts:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         version = values["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{path} is damaged or not a TokenSeg model description; copy the model folder again"
         ) from error
@@ -153,16 +186,16 @@ def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
         content = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        tensors = load_tensors(content)
-    except (SafetensorError, ValueError, KeyError) as error:
-        kind = "a pickle, which TokenSeg never loads" if content[:2] in (b"\x80\x02", b"PK") else "damaged"
-        raise ModelError(f"{path} is {kind}: not valid safetensors; copy the model folder again") from error
     if hashlib.sha256(content).hexdigest() != sha256:
+        if content[:2] in _PICKLE_STARTS:
+            raise ModelError(f"{path} is a pickle, which TokenSeg never loads; copy the model folder again")
         raise ModelError(
-            f"{path} does not match the SHA-256 in {FACTS_NAME}: damaged or exchanged; copy the folder again"
+            f"{path} does not match the SHA-256 in {FACTS_NAME}: damaged or exchanged; copy the model folder again"
         )
-    return tensors
+    try:
+        return load_tensors(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} is not valid safetensors; copy the model folder again") from error
 
 
 def _card(facts: ModelFacts, network: nn.Module) -> str:

@@ -11,6 +11,7 @@ import logging
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,16 +87,17 @@ class Segment:
         with Terminal() as terminal:
             results = segment_files(models, self.input, self.output, terminal)
         failed = [result for result in results if result.mask is None]
+        single = self.input.is_file()
+        if single and failed:
+            raise TokenSegError(failed[0].error)
         for result in results:
             volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in result.volumes_ml.items())
             print(f"{result.case_id}: {volumes}" if result.mask else f"{result.case_id}: FAILED")
         for result in failed:
             _say(f"error: {result.case_id}: {result.error}")
-        if len(results) > 1 or not self.input.is_file():
+        if not single:
             print(f"{len(results) - len(failed)} of {len(results)} cases segmented; {self.output / 'summary.csv'}")
         print(NOTICE)
-        if failed and self.input.is_file():
-            return 2
         return 1 if failed else 0
 
 
@@ -119,11 +121,12 @@ class Evaluate:
         from tokenseg.evaluate import evaluate_folders, write_csv, write_json
 
         evaluation = evaluate_folders(self.predictions, self.references, tolerance_mm=self.tolerance_mm)
+        _print_evaluation(evaluation)
+        _say_not_scored(evaluation)
         if self.json is not None:
             write_json(self.json, evaluation)
         if self.csv is not None:
             write_csv(self.csv, evaluation)
-        _print_evaluation(evaluation)
         return 0
 
 
@@ -146,7 +149,7 @@ class Terminal:
     """Progress on stderr: bars with time left on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, emoji=False)
         self._bars = RichProgress(
             TextColumn("{task.description:>10}"),
             BarColumn(),
@@ -154,7 +157,7 @@ class Terminal:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -180,8 +183,13 @@ class Terminal:
         self._done += 1
         self._bars.advance(self._task)
         self._bars.update(self._task, note=note)
-        if not self._console.is_terminal and self._done % max(1, self._total // 20) == 0:
-            _say(f"{self._name} {self._done}/{self._total} {note}")
+        due = self._done % max(1, self._total // 20) == 0 or self._done == self._total
+        if due and not self._console.is_terminal:
+            _say(f"{self._name} {self._done}/{self._total}{note and ' ' + note}{self._time_left()}")
+
+    def _time_left(self) -> str:
+        seconds = self._bars.tasks[self._task].time_remaining
+        return f", {timedelta(seconds=seconds)} left" if seconds else ""
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
@@ -199,16 +207,22 @@ def main(arguments: list[str] | None = None) -> int:
     command: Any = tyro.extras.subcommand_cli_from_dict(
         {"train": Train, "segment": Segment, "evaluate": Evaluate, "info": Info},
         prog="tokenseg",
-        description=f"3D medical image segmentation on the computer you have. {NOTICE}",
+        description=f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version.",
         args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
         return int(command.execute())
     except TokenSegError as error:
         _say(f"error: {error}")
         return 2
+    except OSError as error:
+        # What the library does not foresee: a folder that may not be listed, an unplugged disk.
+        _say(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+        return 2
     except KeyboardInterrupt:
-        _say("interrupted; a training run goes on with --resume")
+        resume = "go on with the same command and --resume"
+        _say(f"interrupted; {resume if isinstance(command, Train) else 'files written so far are complete'}")
         return 130
 
 
@@ -225,12 +239,16 @@ def _needs_extra(extra: str, *modules: str) -> None:
 
 def _quieten() -> None:
     """Keep notes of the training libraries off the user's screen; ours stay."""
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="monai")
+    # Fabric sets the level of its logger when it is imported.
+    import lightning_fabric  # noqa: F401
+
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
+    from tokenseg.data.cases import first_few
+
     head = f"{'label':<20} {'Dice (95 % interval)':<24} {'HD95 mm':>8} {'NSD':>6}"
     print(f"{head}  cases  missed  false pos.  both empty")
     for summary in evaluation.summaries:
@@ -242,14 +260,26 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         )
     print(f"normalised surface Dice at {evaluation.tolerance_mm:g} mm. {NOTICE}")
     if evaluation.missing_predictions:
-        shown = ", ".join(evaluation.missing_predictions[:5])
-        _say(
-            f"warning: {len(evaluation.missing_predictions)} references have no prediction and count as missed: {shown}"
-        )
+        missing = evaluation.missing_predictions
+        _say(f"warning: {len(missing)} reference(s) without a prediction count as missed: {first_few(missing)}")
+    if evaluation.unlisted_values:
+        values = first_few([str(value) for value in evaluation.unlisted_values])
+        _say(f"warning: values that belong to no label count as background: {values}")
+
+
+def _say_not_scored(evaluation: Evaluation) -> None:
+    """Name masks that `evaluate` was given and did not use; in training these are just the other cases."""
+    from tokenseg.data.cases import first_few
+
     if evaluation.extra_predictions:
-        _say(f"note: {len(evaluation.extra_predictions)} predictions have no reference and are not scored")
+        extra = evaluation.extra_predictions
+        _say(f"note: {len(extra)} prediction(s) without a reference are not scored: {first_few(extra)}")
     if evaluation.references_left_out:
-        _say(f"note: {len(evaluation.references_left_out)} references were not meant to be segmented and are left out")
+        left_out = evaluation.references_left_out
+        _say(
+            f"note: {len(left_out)} reference(s) are not scored, since the summary.csv of the predictions does not "
+            f"name them: {first_few(left_out)}"
+        )
 
 
 if __name__ == "__main__":

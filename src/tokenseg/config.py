@@ -23,6 +23,8 @@ Stride3: TypeAlias = tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Spacing3: TypeAlias = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+PerLevel: TypeAlias = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 NUM_LEVELS = 4
 
@@ -123,9 +125,9 @@ class Plan(Settings):
 class NetworkConfig(Settings):
     """Size and parts of TokenSeg; the paper's numbers where it gives them."""
 
-    widths: Annotated[tuple[int, ...], Field(min_length=NUM_LEVELS, max_length=NUM_LEVELS)]
+    widths: PerLevel
     """Feature channels of the four levels (1/2, 1/4, 1/8, 1/16)."""
-    blocks: Annotated[tuple[int, ...], Field(min_length=NUM_LEVELS, max_length=NUM_LEVELS)] = (1, 2, 2, 2)
+    blocks: PerLevel = (1, 2, 2, 2)
     """Residual blocks of each level of the encoder."""
     tokens: bool = True
     """False leaves the token path out: the plain encoder-decoder, for ablation."""
@@ -147,8 +149,8 @@ PRESETS: dict[PresetName, NetworkConfig] = {
     "tiny": NetworkConfig(
         widths=(8, 12, 16, 24), blocks=(1, 1, 1, 1), token_width=32, codebook_size=64, mixer_layers=1
     ),
-    "small": NetworkConfig(widths=(32, 64, 128, 192)),
-    "base": NetworkConfig(widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4),
+    "small": NetworkConfig(widths=(32, 64, 128, 160)),
+    "base": NetworkConfig(widths=(64, 128, 256, 352), token_width=256, codebook_size=4096, mixer_layers=4),
 }
 
 
@@ -189,8 +191,8 @@ class TrainOptions:
 
     preset: PresetName = "small"
     """Size of the network: tiny (for tests), small (for a CPU), base (the paper's size)."""
-    fold: int = 0
-    """Which of the folds validates; the others train."""
+    fold: int | Literal["all"] = 0
+    """Which of the folds validates, the others train; `all` trains on every case and validates on the same."""
     max_minutes: float | None = None
     """Time for training; the number of steps follows from a timed warm-up and is saved with the run."""
     max_steps: int | None = None
@@ -218,7 +220,7 @@ class TrainOptions:
             raise ConfigError(f"--max-minutes {self.max_minutes}: must be above 0")
         for name, least in (("max_steps", 1), ("threads", 1), ("fold", 0), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 

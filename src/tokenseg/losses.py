@@ -68,7 +68,7 @@ def one_hot(labels: Integer[Tensor, "B R X Y Z"], num_outputs: int, *, regions: 
     return nn.functional.one_hot(labels[:, 0].long(), num_outputs).movedim(-1, 1).float()
 
 
-def _averaged(targets: Targets, logits: Logits) -> Targets:
+def _averaged(targets: Targets, logits: Float[Tensor, "B L x y z"]) -> Float[Tensor, "B L x y z"]:
     """Fractions of each label in the voxels of a coarser map."""
     x, y, z = logits.shape[2:]
     return nn.functional.adaptive_avg_pool3d(targets, (x, y, z))

@@ -5,9 +5,10 @@ Durations, counts and warnings go through this one interface, so that the librar
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receiver of progress."""
 

@@ -19,18 +19,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
-from tokenseg.config import Plan
-from tokenseg.data.cases import Case
+from tokenseg.config import Label, Plan
+from tokenseg.data.cases import Case, first_few
 from tokenseg.data.inputs import list_inputs, read_input
 from tokenseg.data.preprocess import prepare_image, restore_logits
 from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_ending, write_mask
 from tokenseg.device import autocast
-from tokenseg.errors import ConfigError, FileError, TokenSegError
+from tokenseg.errors import ConfigError, FileError, ModelError, TokenSegError
 from tokenseg.files import write_atomically
 from tokenseg.progress import Progress, Silent
 from tokenseg.shapes import ImageArray, MaskArray
 
 SUMMARY_NAME = "summary.csv"
+
+_NO_MEMORY = "{} needs more memory than there is; check the spacing in its header, or use a computer with more memory"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class CaseResult:
     mask: Path | None
     """Where the mask was written; None when the case failed."""
     volumes_ml: dict[str, float]
-    """Volume of each label in millilitres."""
+    """Volume of each label in millilitres; a region includes the regions within it that are painted over it."""
     error: str = ""
     """Why the case failed."""
 
@@ -59,13 +61,19 @@ def segment_volume(model: Model | Sequence[Model], volume: Volume) -> MaskArray:
     Raises:
         DataError: A channel is missing.
         ConfigError: The models do not share labels and channels.
+        ModelError: A network gives NaN or infinity.
     """
     models = [model] if isinstance(model, Model) else list(model)
     check_ensemble(models)
     plan = models[0].facts.plan
     prepared = prepare_image(volume, plan)
-    logits = [predict_logits(each.network, prepared.image, plan, each.device) for each in models]
-    return restore_logits(_average(logits, regions=plan.regions), prepared.record, plan)
+    logits = _average(
+        [predict_logits(each.network, prepared.image, plan, each.device) for each in models], regions=plan.regions
+    )
+    # NaN would come out as background, an empty mask that looks like a finding.
+    if not torch.isfinite(logits).all():
+        raise ModelError(f"model {models[0].facts.name!r} gives NaN or infinity here; train it again")
+    return restore_logits(logits, prepared.record, plan)
 
 
 def predict_logits(network: nn.Module, image: ImageArray, plan: Plan, device: torch.device) -> Float[Tensor, "L X Y Z"]:
@@ -78,7 +86,7 @@ def predict_logits(network: nn.Module, image: ImageArray, plan: Plan, device: to
         device: Where to compute; the result is on the CPU, float32.
     """
     size = image.shape[1:]
-    padded, start = _pad_to_window(torch.from_numpy(image), plan.window_vox)
+    padded, start = pad_to_window(torch.from_numpy(image), plan.window_vox)
     with torch.inference_mode():
         if all(length <= limit for length, limit in zip(padded.shape[1:], plan.whole_limit_vox, strict=True)):
             logits = _forward(network, padded, device)
@@ -92,7 +100,8 @@ def segment_files(
 ) -> list[CaseResult]:
     """Segment a file, a folder of cases, or a dataset; write masks and, for a folder, `summary.csv`.
 
-    A broken case is recorded in its result and does not stop the others.
+    A broken case is recorded in its result and does not stop the others. Masks of an earlier call are replaced; input
+    images, and files that no earlier call wrote, never are.
 
     Args:
         models: One or several models of the same plan.
@@ -103,25 +112,23 @@ def segment_files(
     Raises:
         TokenSegError: Input or output cannot be used at all.
     """
-    progress = progress or Silent()
     check_ensemble(models)
-    plan = models[0].facts.plan
-    cases = list_inputs(input_path, plan)
-    single = input_path.is_file()
-    _check_output(output_path, single=single)
-    if single:
+    cases = list_inputs(input_path, models[0].facts.plan)
+    if input_path.is_file():
+        _check_output_file(output_path, input_path)
         return [_segment_case(models, cases[0], output_path)]
-    return segment_cases(models, cases, output_path, progress)
+    _check_output_folder(output_path, cases)
+    return segment_cases(models, cases, output_path, progress or Silent())
 
 
 def segment_cases(models: Sequence[Model], cases: Sequence[Case], folder: Path, progress: Progress) -> list[CaseResult]:
     """Segment cases into `folder`: `CASE` with the input's ending, and `summary.csv` kept up to date."""
     # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
     results = [CaseResult(case.case_id, None, {}, "not segmented yet") for case in cases]
+    write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
     progress.stage("segmenting", len(cases))
     for number, case in enumerate(cases):
-        target = folder / (case.case_id + image_ending(case.images[0]))
-        results[number] = _segment_case(models, case, target)
+        results[number] = _segment_case(models, case, folder / _mask_name(case))
         write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
         progress.advance(case.case_id)
     return results
@@ -152,11 +159,28 @@ def _segment_case(models: Sequence[Model], case: Case, target: Path) -> CaseResu
         write_mask(target, mask, volume)
     except TokenSegError as error:
         return CaseResult(case.case_id, None, {}, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory_error(error):
+            raise
+        return CaseResult(case.case_id, None, {}, _NO_MEMORY.format(case.case_id))
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    counts = np.bincount(mask.ravel(), minlength=max(label.output_value for label in plan.labels) + 1)
-    return CaseResult(
-        case.case_id, target, {label.name: float(counts[label.output_value]) * voxel_ml for label in plan.labels}
-    )
+    volumes_ml = {label.name: np.isin(mask, _painted_values(label, plan)).sum() * voxel_ml for label in plan.labels}
+    return CaseResult(case.case_id, target, volumes_ml)
+
+
+def _is_memory_error(error: Exception) -> bool:
+    # Torch has a class of its own for devices only.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _painted_values(label: Label, plan: Plan) -> list[int]:
+    """Values in a written mask that belong to a label: its own, and those of the regions within it."""
+    return [other.output_value for other in plan.labels if set(other.values) <= set(label.values)]
+
+
+def _mask_name(case: Case) -> str:
+    # A case may have no image at all (an empty patient folder); it fails, but has a name.
+    return case.case_id + (image_ending(case.images[0]) if case.images else IMAGE_ENDINGS[0])
 
 
 def _summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
@@ -170,18 +194,40 @@ def _summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
     return text.getvalue().encode()
 
 
-def _check_output(output: Path, *, single: bool) -> None:
-    if single and (output.is_dir() or not output.name.endswith(IMAGE_ENDINGS)):
+def _check_output_file(output: Path, image: Path) -> None:
+    if output.is_dir() or not output.name.endswith(IMAGE_ENDINGS):
         raise FileError(
             f"output {output} must be a file ending in {' or '.join(IMAGE_ENDINGS)}, since the input is one file"
         )
-    if not single and (output.is_file() or output.name.endswith(IMAGE_ENDINGS)):
-        raise FileError(f"output {output} must be a folder, since the input holds several cases")
-    folder = output.parent if single else output
-    # Before hours of work, not after: a folder that cannot be written is found now.
+    if output.exists() and output.samefile(image):
+        raise FileError(f"output {output} is the input image itself; name another file")
+    _check_writable(output.parent, output)
+
+
+def _check_output_folder(output: Path, cases: Sequence[Case]) -> None:
+    if output.is_file() or output.name.endswith(IMAGE_ENDINGS):
+        raise FileError(f"output {output} must be a folder, since the input is a folder")
+    # Whoever names the folder of the images, or of reference masks, would lose them.
+    existing = [path for path in (output / _mask_name(case) for case in cases) if path.exists()]
+    images = {path.resolve() for case in cases for path in case.images}
+    foreign = [path for path in existing if path.resolve() in images or not (output / SUMMARY_NAME).is_file()]
+    if foreign:
+        raise FileError(
+            f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "
+            "`tokenseg segment`; name another folder, so that nothing is overwritten"
+        )
+    _check_writable(output, output)
+
+
+def _check_writable(folder: Path, output: Path) -> None:
+    """Find out before hours of work, not after."""
     probe = folder / ".tokenseg-write-test"
-    write_atomically(probe, b"")
-    probe.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FileError(f"output {output} cannot be written: {error.strerror or error}; name another place") from error
 
 
 def _average(logits: list[Float[Tensor, "L X Y Z"]], *, regions: bool) -> Float[Tensor, "L X Y Z"]:
@@ -190,7 +236,7 @@ def _average(logits: list[Float[Tensor, "L X Y Z"]], *, regions: bool) -> Float[
         return logits[0]
     if regions:
         return torch.stack([each.sigmoid() for each in logits]).mean(dim=0).logit(eps=1e-7)
-    return torch.stack([each.softmax(dim=0) for each in logits]).mean(dim=0).log()
+    return torch.stack([each.softmax(dim=0) for each in logits]).mean(dim=0).clamp(min=1e-7).log()
 
 
 def _forward(network: nn.Module, image: Float[Tensor, "C X Y Z"], device: torch.device) -> Float[Tensor, "L X Y Z"]:
@@ -199,7 +245,7 @@ def _forward(network: nn.Module, image: Float[Tensor, "C X Y Z"], device: torch.
     return logits[0].float().cpu()
 
 
-def _pad_to_window(
+def pad_to_window(
     image: Float[Tensor, "C X Y Z"], window: tuple[int, int, int]
 ) -> tuple[Float[Tensor, "C Xp Yp Zp"], list[int]]:
     """Centre an image that is smaller than the training window in one, as training does."""

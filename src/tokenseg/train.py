@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -38,7 +38,7 @@ from tokenseg.config import (
     read_run_config,
     write_run_config,
 )
-from tokenseg.data.cases import Dataset, Split
+from tokenseg.data.cases import Dataset, Split, first_few
 from tokenseg.data.datasets import open_dataset
 from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
 from tokenseg.data.planner import make_plan
@@ -72,13 +72,14 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Setup:
-    """What is settled before the first step, and the same after a resume."""
+    """What is settled before the first step, and the same after a resume and in each process."""
 
     dataset: Dataset
     config: RunConfig
     split: Split
     options: TrainOptions
     total_steps: int | None
+    """None until the timed warm-up, or the plan, has settled it."""
 
 
 def train(
@@ -94,7 +95,7 @@ def train(
         dataset_path: Dataset folder in a known layout.
         run_path: Run folder; must be new, unless resuming.
         options: As on the command line.
-        progress: Told about the work.
+        progress: Told about the work; of several processes only the first one tells.
         make_network: Makes the network; a benchmark gives another one, which must return a `TokenSegOutput`.
 
     Raises:
@@ -105,18 +106,23 @@ def train(
     device = choose_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    resumed = _may_resume(run_path, options, progress)
-    setup = _load_setup(dataset_path, run_path, progress) if resumed else _new_setup(
-        dataset_path, run_path, options, progress
-    )  # fmt: skip
-    plan = setup.config.plan
-    chosen = {*setup.split.train, *setup.split.val}
-    cases = tuple(case for case in setup.dataset.cases if case.case_id in chosen)
-    prepared = prepare_cases(setup.dataset, cases, plan, run_path / "cache", progress)
+    fabric = _fabric(device)
+    progress = progress if fabric.is_global_zero else Silent()
+    # The first process writes the run folder and the cache; others read what it wrote.
+    with fabric.rank_zero_first():
+        resumed = not fabric.is_global_zero or _may_resume(run_path, options, progress)
+        setup = (
+            _load_setup(dataset_path, run_path, progress)
+            if resumed
+            else _new_setup(dataset_path, run_path, options, progress)
+        )
+        plan = setup.config.plan
+        chosen = {*setup.split.train, *setup.split.val}
+        cases = tuple(case for case in setup.dataset.cases if case.case_id in chosen)
+        prepared = prepare_cases(setup.dataset, cases, plan, run_path / "cache", progress)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setup.options.seed)
         network = make_network(setup.config.network, plan)
-    fabric = _fabric(device)
     run = Fit(
         fabric=fabric,
         plan=plan,
@@ -135,13 +141,16 @@ def train(
     )
     total_steps = setup.total_steps or _settle_steps(run, network, setup, run_path)
     fit(run, network, total_steps)
-    evaluation = _validate(Model(network.eval(), _facts(setup), fabric.device), setup, run_path, progress)
-    save_model(run_path / "model", network, _facts(setup, total_steps, evaluation))
-    return TrainResult(run_path, total_steps, evaluation)
+    evaluation = None
+    with fabric.rank_zero_first():
+        if fabric.is_global_zero:
+            evaluation = _validate(Model(network.eval(), _facts(setup), fabric.device), setup, run_path, progress)
+            save_model(run_path / "model", network, _facts(setup, total_steps, evaluation))
+    return TrainResult(run_path, total_steps, cast("Evaluation", fabric.broadcast(evaluation)))
 
 
 def _may_resume(run_path: Path, options: TrainOptions, progress: Progress) -> bool:
-    exists = (run_path / "run.json").exists()
+    exists = any((run_path / name).exists() for name in ("run.json", STATE_NAME))
     if exists and not options.resume:
         raise ConfigError(
             f"run folder {run_path} holds a run already; add --resume to go on with it, or name another folder"
@@ -158,17 +167,27 @@ def _new_setup(dataset_path: Path, run_path: Path, options: TrainOptions, progre
     dataset = open_dataset(dataset_path)
     progress.message(dataset.reason)
     splits = split_folds(dataset)
-    if options.fold >= len(splits):
-        raise ConfigError(f"--fold {options.fold}: the dataset has folds 0 to {len(splits) - 1}")
+    split = _choose_split(splits, options.fold)
+    if options.fold == "all":
+        progress.message("note: --fold all: the validation cases are the training cases; their scores flatter")
     fingerprint = _fingerprint(dataset, run_path, progress)
     config = build_run_config(make_plan(dataset, fingerprint), PRESETS[options.preset], overrides)
     for field, reason in config.plan.reasons.items():
         progress.message(f"plan: {field}: {reason}")
     write_run_config(run_path / "config.toml", config)
     _write_json(run_path / "splits.json", [{"train": split.train, "val": split.val} for split in splits])
-    setup = _Setup(dataset, config, splits[options.fold], options, None)
+    setup = _Setup(dataset, config, split, options, options.max_steps)
     _write_run(run_path, setup)
     return setup
+
+
+def _choose_split(splits: Sequence[Split], fold: int | Literal["all"]) -> Split:
+    if fold == "all":
+        every = tuple(sorted({case_id for split in splits for case_id in (*split.train, *split.val)}))
+        return Split(every, every)
+    if fold >= len(splits):
+        raise ConfigError(f"--fold {fold}: the dataset has folds 0 to {len(splits) - 1}, or all")
+    return splits[fold]
 
 
 def _fingerprint(dataset: Dataset, run_path: Path, progress: Progress) -> Fingerprint:
@@ -182,8 +201,9 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
     try:
         facts = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
         splits = json.loads((run_path / "splits.json").read_text(encoding="utf-8"))
-        options = TrainOptions(fold=facts["fold"], seed=facts["seed"], max_minutes=facts["max_minutes"])
-        split = Split(tuple(splits[options.fold]["train"]), tuple(splits[options.fold]["val"]))
+        given = {key: facts[key] for key in ("preset", "fold", "seed", "max_minutes")}
+        options, threads = TrainOptions(**given), facts["threads"]
+        split = _choose_split([Split(tuple(fold["train"]), tuple(fold["val"])) for fold in splits], options.fold)
         total_steps = facts["total_steps"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(f"run folder {run_path} cannot be resumed: {error!r}; start again in a new folder") from error
@@ -191,18 +211,17 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
     absent = sorted({*split.train, *split.val} - {case.case_id for case in dataset.cases})
     if absent:
         raise DataError(
-            f"run {run_path} was started on other cases: {absent[0]} and {len(absent) - 1} more "
-            f"are not in {dataset_path}; give the dataset it was started with"
+            f"run {run_path} was started on other cases: {first_few(absent)} not in {dataset_path}; "
+            "give the dataset it was started with"
         )
-    if facts["threads"] != torch.get_num_threads():
-        progress.message(f"note: {facts['threads']} threads before, {torch.get_num_threads()} now: not bit-identical")
+    if threads != torch.get_num_threads():
+        progress.message(f"note: {threads} threads before, {torch.get_num_threads()} now: not bit-identical")
     return _Setup(dataset, read_run_config(run_path / "config.toml"), split, options, total_steps)
 
 
 def _settle_steps(run: Fit, network: nn.Module, setup: _Setup, run_path: Path) -> int:
-    """Fix the number of steps: as asked, from a timed warm-up, or as planned; and save it with the run."""
-    options = setup.options
-    total_steps = options.max_steps or setup.config.plan.steps
+    """Fix the number of steps, from a timed warm-up or as planned, and save it with the run."""
+    options, total_steps = setup.options, setup.config.plan.steps
     if options.max_minutes is not None:
         seconds = measure_step_seconds(run, network)
         total_steps = max(1, int(options.max_minutes * 60 / seconds))
@@ -217,15 +236,14 @@ def _write_run(run_path: Path, setup: _Setup) -> None:
     facts = {
         "tokenseg": __version__,
         "torch": torch.__version__,
-        "dataset": setup.dataset.root.name,
+        "dataset": setup.dataset.root.resolve().name,
         "layout": setup.dataset.layout,
         "preset": setup.options.preset,
         "fold": setup.options.fold,
         "seed": setup.options.seed,
         "max_minutes": setup.options.max_minutes,
         "threads": torch.get_num_threads(),
-        # Known at once when asked for in steps; after the timed warm-up when asked for in minutes.
-        "total_steps": setup.total_steps or setup.options.max_steps,
+        "total_steps": setup.total_steps,
     }
     _write_json(run_path / "run.json", facts)
 
@@ -259,7 +277,7 @@ def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | Non
             dice = summary.intervals["dice"]
             training[f"validation_dice_{summary.label.name}"] = f"{dice.mean:.4f} ({dice.low:.4f} to {dice.high:.4f})"
     return ModelFacts(
-        name=setup.dataset.root.name, plan=setup.config.plan, network=setup.config.network, training=training
+        name=setup.dataset.root.resolve().name, plan=setup.config.plan, network=setup.config.network, training=training
     )
 
 

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from tokenseg.shapes import Features
 
 Stride: TypeAlias = tuple[int, int, int]
+Pyramid: TypeAlias = list[Float[Tensor, "B _ _ _ _"]]
+"""Features of the levels, finest first; each has its own width and size."""
+Resized: TypeAlias = Float[Tensor, "B V X2 Y2 Z2"]
+"""Features whose width or size differ from those that went in."""
 
 
 class ConvBlock(nn.Module):
@@ -24,7 +28,7 @@ class ConvBlock(nn.Module):
         self.conv = nn.Conv3d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
         self.norm = InstanceNorm(channels_out)
 
-    def forward(self, features: Features) -> Features:
+    def forward(self, features: Features) -> Resized:
         """Map (B, W, X, Y, Z) to (B, channels_out, ceil(X / sx), ceil(Y / sy), ceil(Z / sz))."""
         return nn.functional.leaky_relu(self.norm(self.conv(features)), 0.01, inplace=True)
 
@@ -101,7 +105,7 @@ def pointwise(features: Features, layer: nn.Module) -> Float[Tensor, "B Xl Yl Zl
     return result
 
 
-def space_to_depth(images: Features, stride: Stride) -> Features:
+def space_to_depth(images: Features, stride: Stride) -> Resized:
     """Move blocks of `stride` voxels into channels: (B, C, X, Y, Z) to (B, C sx sy sz, X / sx, Y / sy, Z / sz).
 
     Sizes must be multiples of the stride.

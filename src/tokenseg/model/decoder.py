@@ -7,11 +7,17 @@ upsampling is sub-pixel (a linear layer, then depth-to-space), which is exact on
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TypeAlias
 
-from tokenseg.model.blocks import ConvBlock, Stride, depth_to_space, pointwise
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenseg.model.blocks import ConvBlock, Pyramid, Stride, depth_to_space, pointwise
 from tokenseg.model.cells import expand_cells
-from tokenseg.shapes import Features, Logits, Tokens
+from tokenseg.shapes import Logits, Tokens
+
+CoarseLogits: TypeAlias = Float[Tensor, "B L _ _ _"]
 
 
 class Reprojection(nn.Module):
@@ -25,7 +31,7 @@ class Reprojection(nn.Module):
             nn.init.zeros_(layer.weight)
         self.project = nn.ModuleList(layers)
 
-    def forward(self, pyramid: list[Features], tokens: Tokens) -> list[Features]:
+    def forward(self, pyramid: Pyramid, tokens: Tokens) -> Pyramid:
         """Return the pyramid with `tokens` (zero where not kept) spread linearly from the cell centres."""
         levels = tokens.chunk(len(pyramid), dim=1)
         fused = []
@@ -46,18 +52,18 @@ class SparseToDenseDecoder(nn.Module):
             nn.Linear(widths[level + 1], widths[level] * _product(strides[level + 1]), bias=False)
             for level in range(len(widths) - 1)
         )
-        self.fuse = nn.ModuleList(ConvBlock(width, width) for width in widths[:-1])
+        self.fuse = nn.ModuleList(ConvBlock(2 * width, width) for width in widths[:-1])
         self.head = nn.Linear(widths[0], num_outputs * _product(strides[0]))
         self.deep_heads = nn.ModuleList(nn.Linear(width, num_outputs) for width in widths[1:3])
 
-    def forward(self, pyramid: list[Features]) -> tuple[Logits, tuple[Logits, ...]]:
+    def forward(self, pyramid: Pyramid) -> tuple[Logits, tuple[CoarseLogits, ...]]:
         """Return logits at full resolution and, in training, deep-supervision logits at 1/4 and 1/8."""
         features, deep = pyramid[-1], []
         for level in reversed(range(len(self.fuse))):
             raised = depth_to_space(pointwise(features, self.upsample[level]), self.strides[level + 1])
             skip = pyramid[level]
             x, y, z = skip.shape[2:]
-            features = self.fuse[level](raised[:, :, :x, :y, :z] + skip)
+            features = self.fuse[level](torch.cat([raised[:, :, :x, :y, :z], skip], dim=1))
             if self.training and level in (1, 2):
                 deep.append(pointwise(features, self.deep_heads[level - 1]).permute(0, 4, 1, 2, 3))
         logits = depth_to_space(pointwise(features, self.head), self.strides[0])

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenseg.model.blocks import ConvBlock, ResidualBlock, Stride, space_to_depth
+from tokenseg.model.blocks import ConvBlock, Pyramid, ResidualBlock, Stride, space_to_depth
 from tokenseg.model.cells import pool_cells
-from tokenseg.shapes import Features, Images, Tokens
+from tokenseg.shapes import Images, Tokens
 
 
 class HierarchicalEncoder(nn.Module):
@@ -38,9 +38,9 @@ class HierarchicalEncoder(nn.Module):
         ]
         self.stages = nn.ModuleList(stages)
 
-    def forward(self, images: Images) -> list[Features]:
+    def forward(self, images: Images) -> Pyramid:
         """Return the pyramid, finest level first; image sizes must be multiples of the first stride."""
-        features = space_to_depth(images, self.stem_stride)
+        features: Tensor = space_to_depth(images, self.stem_stride)
         pyramid = []
         for stage in self.stages:
             features = stage(features)
@@ -57,11 +57,11 @@ class CandidateTokens(nn.Module):
         self.project = nn.ModuleList(nn.Linear(width, token_width) for width in widths)
         self.norm = nn.LayerNorm(token_width)
 
-    def pool(self, pyramid: list[Features]) -> list[Float[Tensor, "B n W"]]:
+    def pool(self, pyramid: Pyramid) -> list[Float[Tensor, "B n _"]]:
         """Cell averages of each level, (B, 100, W), in full precision."""
         return [pool_cells(features, self.grid).flatten(1, 3).float() for features in pyramid]
 
-    def forward(self, pooled: list[Float[Tensor, "B n W"]]) -> Tokens:
+    def forward(self, pooled: list[Float[Tensor, "B n _"]]) -> Tokens:
         """Join the levels into (B, N, F), finest level first."""
         projected = torch.cat([layer(cells) for layer, cells in zip(self.project, pooled, strict=True)], dim=1)
         tokens: Tensor = self.norm(projected)

@@ -13,15 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenseg.config import NetworkConfig, Plan
-from tokenseg.model.blocks import full_precision
+from tokenseg.model.blocks import Pyramid, full_precision
 from tokenseg.model.cells import cell_boxes_vox
-from tokenseg.model.decoder import Reprojection, SparseToDenseDecoder
+from tokenseg.model.decoder import CoarseLogits, Reprojection, SparseToDenseDecoder
 from tokenseg.model.encoder import CandidateTokens, HierarchicalEncoder
 from tokenseg.model.importance import Importance, ImportanceScore, cell_gradient
 from tokenseg.model.mixer import TokenMixer
 from tokenseg.model.quantizer import Quantized, VectorQuantizer, build_quantizer
 from tokenseg.model.selection import gather_tokens, scatter_tokens, select_tokens
-from tokenseg.shapes import Codes, Features, Images, Logits, TokenFlags, Tokens
+from tokenseg.shapes import Codes, Images, Logits, TokenFlags, Tokens
 
 
 class TokenRecord(NamedTuple):
@@ -46,7 +46,7 @@ class TokenSegOutput(NamedTuple):
 
     logits: Logits
     """Full resolution, the input's own size: labels with background (softmax) or regions (sigmoid)."""
-    deep_logits: tuple[Logits, ...]
+    deep_logits: tuple[CoarseLogits, ...]
     """Logits at 1/4 and 1/8 in training, else empty."""
     tokens: TokenRecord | None
     """None where the network has no token path."""
@@ -78,11 +78,11 @@ class TokenSeg(nn.Module):
         """
         x, y, z = images.shape[2:]
         padded = nn.functional.pad(images, self._padding((x, y, z)))
-        pyramid: list[Features] = self.encoder(padded)
+        pyramid: Pyramid = self.encoder(padded)
         tokens = None
         if self.tokenizer is not None:
             boxes = self._boxes(pyramid, (x, y, z))
-            pyramid, tokens = self.tokenizer(padded, pyramid, boxes, num_kept or self.num_kept)
+            pyramid, tokens = self.tokenizer(padded, pyramid, boxes, self.num_kept if num_kept is None else num_kept)
         logits, deep_logits = self.decoder(pyramid)
         return TokenSegOutput(logits[:, :, :x, :y, :z], deep_logits, tokens)
 
@@ -96,8 +96,8 @@ class TokenSeg(nn.Module):
         for axis in (2, 1, 0):
             first = self.strides[0][axis]
             total = self._total_strides()[-1][axis]
-            missing = max(0, total + first - size[axis])
-            padding += [0, missing + (-(size[axis] + missing)) % first]
+            least = max(size[axis], total + first)
+            padding += [0, (least + first - 1) // first * first - size[axis]]
         return padding
 
     def _total_strides(self) -> list[tuple[int, int, int]]:
@@ -107,7 +107,7 @@ class TokenSeg(nn.Module):
             totals.append(current)
         return totals
 
-    def _boxes(self, pyramid: list[Features], size: tuple[int, int, int]) -> Int[Tensor, "N 2 3"]:
+    def _boxes(self, pyramid: Pyramid, size: tuple[int, int, int]) -> Int[Tensor, "N 2 3"]:
         sizes = [(f.shape[2], f.shape[3], f.shape[4]) for f in pyramid]
         return cell_boxes_vox(sizes, self._total_strides(), self.grid, size)
 
@@ -129,8 +129,8 @@ class Tokenizer(nn.Module):
         self.reproject = Reprojection(config.widths, width, plan.grid)
 
     def forward(
-        self, images: Images, pyramid: list[Features], boxes_vox: Int[Tensor, "N 2 3"], num_kept: int
-    ) -> tuple[list[Features], TokenRecord]:
+        self, images: Images, pyramid: Pyramid, boxes_vox: Int[Tensor, "N 2 3"], num_kept: int
+    ) -> tuple[Pyramid, TokenRecord]:
         """Return the pyramid with the kept tokens added, and the record of what was kept."""
         gradient = cell_gradient(images, self.stem_stride, self.spacing_mm, self.grid)
         pooled = self.candidates.pool(pyramid)
@@ -145,7 +145,7 @@ class Tokenizer(nn.Module):
         record = TokenRecord(boxes_vox, level, quantized.codes, importance, selection.kept, commitment_loss)
         return self.reproject(pyramid, sparse), record
 
-    def _quantize(self, pooled: list[Float[Tensor, "B n W"]]) -> tuple[Quantized, Float[Tensor, ""]]:
+    def _quantize(self, pooled: list[Float[Tensor, "B n _"]]) -> tuple[Quantized, Float[Tensor, ""]]:
         tokens: Tokens = self.candidates(pooled)
         if self.quantizer is None:
             return Quantized(tokens, torch.full(tokens.shape[:2], -1, device=tokens.device)), tokens.new_zeros(())

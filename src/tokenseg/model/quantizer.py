@@ -8,6 +8,7 @@ quantisation (Mentzer 2024) is the alternative that cannot collapse.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class FiniteScalarQuantizer(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         levels = torch.tensor(self.levels)
-        self.usage = CodeUsage(int(levels.prod()))
+        self.usage = CodeUsage(math.prod(self.levels))
         self.shrink = nn.Linear(width, len(self.levels))
         self.widen = nn.Linear(len(self.levels), width)
         self.register_buffer("half_range", levels / 2, persistent=False)

@@ -22,7 +22,7 @@ class Selection(NamedTuple):
     """The kept candidates of each volume."""
 
     positions: Int[Tensor, "B K"]
-    """Positions of the kept among the candidates, by falling importance."""
+    """Positions of the kept among the candidates: each level's reserved best, then the rest, by falling importance."""
     kept: TokenFlags
     """True for kept candidates."""
 

@@ -29,7 +29,8 @@ def build_augmentation(plan: Plan) -> Augmentation:
 
     Rotation and scaling, left-right flip, noise, blur, brightness, contrast, coarser resolution; magnitudes as
     customary in the field. Only left-right is flipped: along the other axes anatomy is not symmetric, and labels such
-    as anterior and posterior would swap their meaning. Rotation out of the plane is left out where slices are thick.
+    as anterior and posterior would swap their meaning. Rotation out of the plane is left out where slices
+    are thick, or few: the window would be turned out of the image.
     """
     both, image = ["image", "labels"], ["image"]
     transforms = Compose(
@@ -37,7 +38,7 @@ def build_augmentation(plan: Plan) -> Augmentation:
             RandAffined(
                 both,
                 prob=0.4,
-                rotate_range=_rotation_rad(plan.spacing_mm),
+                rotate_range=_rotation_rad(plan),
                 scale_range=(0.2, 0.2, 0.2),
                 mode=["bilinear", "nearest"],
                 padding_mode="zeros",
@@ -67,10 +68,12 @@ def _plain(values: Tensor) -> Float[Tensor, "C X Y Z"] | UInt8[Tensor, "R X Y Z"
     return values.as_subclass(Tensor).contiguous()
 
 
-def _rotation_rad(spacing_mm: tuple[float, float, float]) -> list[float]:
-    """Largest rotation about each axis: 30 degrees in isotropic voxels, none out of thick slices."""
+def _rotation_rad(plan: Plan) -> list[float]:
+    """Largest rotation about each axis: 30 degrees where the plane across it is fairly even in mm and in voxels."""
     rotations = []
     for axis in range(3):
-        across = [spacing for other, spacing in enumerate(spacing_mm) if other != axis]
-        rotations.append(math.radians(30) if max(across) < 3 * min(across) else 0.0)
+        planes = [
+            [lengths[other] for other in range(3) if other != axis] for lengths in (plan.spacing_mm, plan.window_vox)
+        ]
+        rotations.append(math.radians(30) if all(max(plane) < 3 * min(plane) for plane in planes) else 0.0)
     return rotations

@@ -5,6 +5,7 @@ A batch is a pure function of seed, process and step: that is what makes a run r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ class TrainingBatches(TorchDataset[Batch]):
     Args:
         cases: Prepared training cases.
         plan: Gives window and batch size.
-        foreground_fraction: Share of windows centred on a foreground voxel, labels in turn by chance, evenly.
+        foreground_fraction: Share of windows centred on a foreground voxel; each label of the case is as likely.
         augment: Applied to each window.
         seed: Of the run and, in several processes, of the process.
     """
@@ -47,15 +48,16 @@ class TrainingBatches(TorchDataset[Batch]):
         seed: tuple[int, ...],
     ) -> None:
         self.cases, self.plan, self.augment, self.seed = cases, plan, augment, seed
-        self.num_foreground = round(plan.batch_size * foreground_fraction)
+        self.foreground_fraction = foreground_fraction
 
     def __getitem__(self, step: int) -> Batch:
         """Draw, cut and augment the windows of one step."""
         rng = np.random.default_rng([*self.seed, step])
+        num_foreground = self.num_foreground(step)
         windows, names = [], []
         for number in range(self.plan.batch_size):
             case = self.cases[int(rng.integers(len(self.cases)))]
-            start = draw_window(rng, case, self.plan.window_vox, on_foreground=number < self.num_foreground)
+            start = draw_window(rng, case, self.plan.window_vox, on_foreground=number < num_foreground)
             window = {
                 "image": cut_window(case.image, start, self.plan.window_vox),
                 "labels": cut_window(case.labels, start, self.plan.window_vox),
@@ -64,6 +66,11 @@ class TrainingBatches(TorchDataset[Batch]):
             names.append(case.case_id)
         images, labels = (torch.stack([window[key] for window in windows]) for key in ("image", "labels"))
         return Batch(images, labels, tuple(names))
+
+    def num_foreground(self, step: int) -> int:
+        """Windows of a step that are centred on foreground: the share exactly over many steps, batches of one too."""
+        share = self.plan.batch_size * self.foreground_fraction
+        return math.floor((step + 1) * share) - math.floor(step * share)
 
 
 def draw_window(

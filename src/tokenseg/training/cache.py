@@ -22,7 +22,7 @@ from tokenseg.config import Plan
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_case
 from tokenseg.data.preprocess import prepare_image, prepare_labels
-from tokenseg.errors import TokenSegError
+from tokenseg.errors import FileError, TokenSegError
 from tokenseg.files import write_atomically
 from tokenseg.progress import Progress
 
@@ -46,7 +46,7 @@ def prepare_cases(
 
     Raises:
         TokenSegError: A case cannot be read or prepared; the message names it.
-        FileError: The folder cannot be written.
+        FileError: The folder cannot be written, or holds a damaged file.
     """
     root = folder / _fingerprint(dataset, plan)
     progress.stage("preparing", len(cases))
@@ -100,7 +100,10 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _open(case_id: str, folder: Path) -> PreparedCase:
-    image, labels, points = (
-        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "labels", "points")
-    )
+    try:
+        image, labels, points = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "labels", "points")
+        )
+    except (OSError, ValueError) as error:
+        raise FileError(f"prepared case {folder} is damaged: {error}; delete this folder and resume") from error
     return PreparedCase(case_id, image, labels, points)

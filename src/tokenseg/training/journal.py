@@ -1,4 +1,4 @@
-"""`log.csv`: one row a step, always; the same to TensorBoard where it is installed and wanted."""
+"""`log.csv`: one row a step."""
 
 from __future__ import annotations
 
@@ -30,21 +30,28 @@ class Journal:
     Args:
         path: The file; rows past `resume_step` are dropped, since those steps run again.
         resume_step: Steps that the resumed state has finished; 0 starts a new file.
+
+    Raises:
+        FileError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         rows = [row for row in read_journal(path) if int(row["step"]) <= resume_step] if path.exists() else []
         write_atomically(path, _lines([dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]))
         try:
-            self._file = path.open("ab")
+            # Unbuffered: what a full disk refuses must not come back when the file is closed.
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
     def write(self, row: dict[str, float | int | str]) -> None:
-        """Append one row; columns that are not given stay empty."""
+        """Append one row; columns that are not given stay empty.
+
+        Raises:
+            FileError: The disk is full.
+        """
         try:
             self._file.write(_lines([{key: _text(value) for key, value in row.items()}]))
-            self._file.flush()
         except OSError as error:
             raise FileError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 
@@ -54,11 +61,20 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, str]]:
-    """Read complete rows of `log.csv`; a row that a kill cut short is left out."""
-    text = path.read_text(encoding="utf-8")
+    """Read complete rows of `log.csv`; a row that a kill cut short is left out.
+
+    Raises:
+        FileError: The file cannot be read, or is not text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"log {path} cannot be read: {error}; move it away and resume") from error
     complete = text[: text.rfind("\n") + 1]
     return [
-        row for row in csv.DictReader(io.StringIO(complete)) if row["step"].isdecimal() and None not in row.values()
+        row
+        for row in csv.DictReader(io.StringIO(complete))
+        if row.get("step", "").isdecimal() and None not in row.values() and None not in row
     ]
 
 

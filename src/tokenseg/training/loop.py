@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,37 +55,65 @@ def fit(run: Fit, network: nn.Module, total_steps: int) -> None:
     """Train `network` in place to `total_steps`, going on from a saved state if the run folder holds one.
 
     Raises:
-        TrainingError: The loss is no longer finite; the weights before that step are saved.
+        TrainingError: Loss or gradient is no longer finite; state and weights before that step are saved.
+        FileError: The saved state is damaged, or the run folder cannot be written.
     """
     optimizer = build_optimizer(network, run.config)
     module, wrapped = run.fabric.setup(network, optimizer)
     state = run.folder / STATE_NAME
     saved = load_state(state, network, optimizer) if state.exists() else SavedStep(0, 0.0)
-    journal = Journal(run.folder / LOG_NAME, saved.step) if run.fabric.is_global_zero else None
     run.progress.stage("training", total_steps, saved.step)
     network.train()
-    interval, last_save = max(50, total_steps // 10), time.monotonic()
-    for step, batch in _steps(run, saved.step, total_steps):
-        started = time.monotonic()
-        rate = _set_rates(optimizer, run.config, step, total_steps)
-        parts = train_step(run, module, wrapped, batch)
-        done, row = step + 1, _row(step + 1, parts, rate, time.monotonic() - started)
-        validated = done % interval == 0 or done == total_steps
-        if validated:
-            dice = quick_dice(network, run.validation, run.plan, run.fabric.device)
-            row |= {"val_dice": dice, **_code_statistics(network)}
-            _warn_of_collapse(run.progress, dice, saved.best_dice, done / total_steps)
-            saved = SavedStep(done, max(saved.best_dice, dice))
-        if journal is not None:
-            journal.write(row)
-            if validated or time.monotonic() - last_save > SAVE_SECONDS:
-                save_state(state, network, optimizer, SavedStep(done, saved.best_dice))
-                last_save = time.monotonic()
+    interval = max(50, total_steps // 10)
+    with closing(_Keeper(run, network, optimizer, saved.step)) as keeper:
+        for step, batch in _steps(run, saved.step, total_steps):
+            started = time.monotonic()
+            rate = _set_rates(optimizer, run.config, step, total_steps)
+            try:
+                parts = train_step(run, module, wrapped, batch)
+            except TrainingError:
+                keeper.save(saved, weights=True)
+                raise
+            done, best = step + 1, saved.best_dice
+            row, note = _row(done, parts, rate, time.monotonic() - started), ""
+            validated = done % interval == 0 or done == total_steps
             if validated:
-                run.save_weights(network)
-        run.progress.advance(f"loss {float(parts.total.detach()):.3f}" + (f", Dice {dice:.3f}" if validated else ""))
-    if journal is not None:
-        journal.close()
+                dice = quick_dice(network, run.validation, run.plan, run.fabric.device)
+                _warn_of_collapse(run.progress, dice, best, done / total_steps)
+                row |= {"val_dice": dice, **_code_statistics(network)}
+                best, note = max(best, dice), f", Dice {dice:.3f}"
+            saved = SavedStep(done, best)
+            keeper.keep(row, saved, weights=validated)
+            run.progress.advance(f"loss {row['loss']:.3f}{note}")
+
+
+class _Keeper:
+    """Writes log, state and weights of a run; of several processes only the first one does."""
+
+    def __init__(self, run: Fit, network: nn.Module, optimizer: Optimizer, first_step: int) -> None:
+        self._run, self._network, self._optimizer = run, network, optimizer
+        self._journal = Journal(run.folder / LOG_NAME, first_step) if run.fabric.is_global_zero else None
+        self._last_save = time.monotonic()
+
+    def keep(self, row: dict[str, float | int | str], saved: SavedStep, *, weights: bool) -> None:
+        """Log a step; save the state when it is due, and with the weights."""
+        if self._journal is not None:
+            self._journal.write(row)
+        if weights or time.monotonic() - self._last_save > SAVE_SECONDS:
+            self.save(saved, weights=weights)
+
+    def save(self, saved: SavedStep, *, weights: bool) -> None:
+        """Save the state, and the weights if asked."""
+        if self._journal is not None:
+            save_state(self._run.folder / STATE_NAME, self._network, self._optimizer, saved)
+            if weights:
+                self._run.save_weights(self._network)
+        self._last_save = time.monotonic()
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._journal is not None:
+            self._journal.close()
 
 
 def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) -> LossParts:
@@ -93,6 +123,8 @@ def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) 
         TrainingError: Loss or gradient is not finite; nothing was changed.
     """
     batch = run.fabric.to_device(batch)
+    # The forward pass moves the codebook, which is in the buffers.
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     parts = training_loss(module(batch.images), batch.labels, regions=run.plan.regions, config=run.config)
     optimizer.zero_grad()
     if bool(torch.isfinite(parts.total)):
@@ -101,8 +133,13 @@ def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) 
         if norm is not None and bool(torch.isfinite(norm)):
             optimizer.step()
             return parts
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    loss = float(parts.total.detach())
+    what = f"the gradient of a loss of {loss:.3g}" if math.isfinite(loss) else "the loss"
     raise TrainingError(
-        f"the loss became {float(parts.total)} on a window of {' or '.join(sorted(set(batch.case_ids)))}; "
+        f"{what} became {'infinite or NaN' if math.isfinite(loss) else loss} "
+        f"on a window of {' or '.join(sorted(set(batch.case_ids)))}; "
         "the last good weights are kept. Look at these cases; if they are sound, lower learning_rate under [train] "
         "in a --config file and start a new run"
     )
@@ -115,7 +152,8 @@ def measure_step_seconds(run: Fit, network: nn.Module) -> float:
     begun, durations = time.monotonic(), list[float]()
     for _, batch in _steps(run, 0, TIMED_STEPS):
         durations.append(time.monotonic() - begun - sum(durations))
-        if sum(durations) > TIMED_SECONDS and len(durations) > 2:
+        # The first process decides: one that stopped alone would leave the others waiting for its gradients.
+        if run.fabric.broadcast(len(durations) > 2 and sum(durations) > TIMED_SECONDS):
             break
         train_step(run, module, optimizer, batch)
     # Each duration runs from one batch in hand to the next; the first only fetches.
@@ -173,9 +211,16 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
 
 def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
     # Worker processes only where a GPU would wait for the CPU.
-    workers = 4 if run.fabric.device.type == "cuda" else 0
+    workers = min(4, os.cpu_count() or 1) if run.fabric.device.type == "cuda" else 0
     loader = DataLoader(
-        run.batches, batch_size=None, sampler=range(first, total), num_workers=workers, generator=torch.Generator()
+        run.batches,
+        batch_size=None,
+        sampler=range(first, total),
+        num_workers=workers,
+        collate_fn=lambda batch: batch,
+        generator=torch.Generator(),
+        # Forked workers share the memory-mapped cases; other ways of starting them would copy these.
+        multiprocessing_context="fork" if workers else None,
     )
     return enumerate(loader, start=first)
 
@@ -203,5 +248,6 @@ def _warn_of_collapse(progress: Progress, dice: float, best: float, done_fractio
     if dice < 0.01 and (best > 0.1 or done_fraction >= 0.5):
         progress.message(
             f"warning: foreground Dice on validation cases is {dice:.3f} (best so far {best:.3f}): "
-            "the network predicts background only. Raise foreground_fraction or lower learning_rate under [train] in a --config file"
+            "the network predicts background only. "
+            "Raise foreground_fraction or lower learning_rate under [train] in a --config file"
         )

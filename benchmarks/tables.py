@@ -1,0 +1,79 @@
+"""The README's tables, made from the rows beside this file.
+
+Usage: python benchmarks/tables.py [README.md]   (with a file: replaces the text between its table markers)
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SPEED_NAMES = {
+    "tokenseg-small": "TokenSeg `small`",
+    "monai-unet": "MONAI `UNet` (32..512)",
+    "nnunet-plainconv": "nnU-Net `PlainConvUNet`",
+}
+ACCURACY_NAMES = {
+    "tokenseg": "TokenSeg `small`",
+    "tokenseg-off": "the same without tokens",
+    "monai-unet": "MONAI `UNet`",
+}
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    """Rows of a CSV, oldest first."""
+    with (HERE / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def speed_table() -> str:
+    """Newest row of each network and precision."""
+    newest = {(row["network"], row["precision"]): row for row in rows_of("speed.csv")}
+    lines = ["| network | parameters | fp32 | bf16 | memory fp32 |", "| --- | --- | --- | --- | --- |"]
+    for network, name in SPEED_NAMES.items():
+        fp32, bf16 = newest[network, "fp32"], newest[network, "bf16"]
+        lines.append(
+            f"| {name} | {fp32['parameters_m']} M | {_seconds(fp32)} s | {_seconds(bf16)} s | {fp32['peak_mib']} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def accuracy_table() -> str:
+    """Every group of rows with the same dataset, network, fold and budget, its labels and seeds averaged."""
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows_of("accuracy.csv"):
+        key = tuple(row[name] for name in ("dataset", "network", "fold", "budget", "threads"))
+        groups.setdefault(key, []).append(row)
+    lines = [
+        "| dataset | network | budget | seeds | Dice | HD95 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (dataset, network, fold, budget, threads), rows in groups.items():
+        seeds = len({row["seed"] for row in rows})
+        dice, hd95 = (sum(float(row[name]) for row in rows) / len(rows) for name in ("dice", "hd95_mm"))
+        where = f"{dataset}, fold {fold}, {rows[0]['n']} cases"
+        limit = f"{budget}, {threads} thread" + ("s" if threads != "1" else "")
+        lines.append(f"| {where} | {ACCURACY_NAMES[network]} | {limit} | {seeds} | {dice:.4f} | {hd95:.2f} mm |")
+    return "\n".join(lines)
+
+
+def fill(text: str) -> str:
+    """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
+    for name, table in (("speed", speed_table), ("accuracy", accuracy_table)):
+        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
+        text = re.sub(pattern, lambda match, table=table: match[1] + table() + match[2], text, flags=re.DOTALL)
+    return text
+
+
+def _seconds(row: dict[str, str]) -> str:
+    return f"{float(row['median_ms']) / 1000:.2f}"
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(fill(path.read_text()))
+    if len(sys.argv) == 1:
+        print(speed_table(), accuracy_table(), sep="\n\n")

@@ -1,0 +1,562 @@
+"""Whatever is wrong with the input: one clear line, exit code 2, nothing lost; and no other kind of error, ever."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from phantoms import change_json, phantom, write_msd, write_nifti, write_nnunet
+from plans import make_plan
+from tokenseg.checkpoint import load_model
+from tokenseg.cli import main
+from tokenseg.config import PRESETS, build_run_config, read_overrides
+from tokenseg.data.datasets import list_dataset_images, open_dataset
+from tokenseg.errors import TokenSegError
+from tokenseg.segment import segment_files
+from toy_models import as_stored, constant, save_untrained, toy_model
+
+SMALL = (8, 9, 10)
+
+
+def plan_of(*channels: str):
+    return as_stored(make_plan(channels=len(channels)), channels=channels, source_channels=channels)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_untrained(tmp_path_factory.mktemp("one") / "model", plan_of("MRI"))
+
+
+@pytest.fixture(scope="module")
+def two_channel_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_untrained(tmp_path_factory.mktemp("two") / "model", plan_of("FLAIR", "t1gd"))
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must be refused; gives its error line."""
+
+    def run(*arguments: str | Path) -> str:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        assert code == 2, printed
+        assert printed.out == ""
+        assert "Traceback" not in printed.err
+        *before, error = printed.err.splitlines()
+        assert error.startswith("error: ")
+        assert not any(line.startswith(("error", " ")) for line in before)
+        return error.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def segment_refused(refused, model, tmp_path):
+    """Segment one file that cannot be; checks that nothing was written."""
+
+    def run(scan: Path, with_model: Path = model) -> str:
+        error = refused("segment", scan, tmp_path / "out" / "mask.nii.gz", "--model", with_model)
+        assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+        return error
+
+    return run
+
+
+@pytest.fixture
+def train_refused(refused, tmp_path):
+    """Train on a dataset that cannot be; checks that no model was made and the dataset is as it was."""
+    pytest.importorskip("monai")
+
+    def run(dataset: Path, *options: str | Path) -> str:
+        before = contents(dataset)
+        run_folder = tmp_path / "run"
+        error = refused("train", dataset, run_folder, "--preset", "tiny", "--max-steps", "1", *options)
+        assert contents(dataset) == before
+        assert not (run_folder / "model").exists()
+        return error
+
+    return run
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_scan(path: Path, array: np.ndarray | None = None) -> Path:
+    return write_nifti(path, phantom(0, shape=SMALL)[0][0] if array is None else array)
+
+
+def change_label(dataset: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
+    """Rewrite the mask of `case_001`."""
+    path = dataset / "labelsTr" / "case_001.nii.gz"
+    image = nib.load(path)
+    write_nifti(path, change(np.asarray(image.dataobj)), affine=image.affine if affine is None else affine)
+
+
+# ---- files
+
+
+def test_missing_file(segment_refused, tmp_path):
+    assert (
+        segment_refused(tmp_path / "scan.nii.gz") == f"input {tmp_path / 'scan.nii.gz'} does not exist; check the path"
+    )
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii"])
+@pytest.mark.parametrize("length", [0, 1, 200, 0.5, 0.99])
+def test_truncated_and_empty_files(segment_refused, tmp_path, name, length):
+    scan = write_scan(tmp_path / name)
+    content = scan.read_bytes()
+    scan.write_bytes(content[: length if isinstance(length, int) else int(length * len(content))])
+    error = segment_refused(scan)
+    assert error.startswith(str(scan))
+    assert "copy or download it again" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("scan.nii.gz", b"I am not an image" * 40, "is not an intact gzip file"),
+        ("scan.nii.gz", gzip.compress(b"I am not an image" * 40), "is not a NIfTI image, whatever its name says"),
+        ("scan.nii", b"\x89PNG\r\n\x1a\n" + bytes(1000), "is not a NIfTI image, whatever its name says"),
+        ("scan.nii", bytes(128) + b"DICM" + bytes(1000), "is not a NIfTI image, whatever its name says"),
+        ("scan.png", b"\x89PNG\r\n\x1a\n", "is not named as an image: its name must end in .nii.gz or .nii"),
+        ("scan.dcm", bytes(128) + b"DICM", "is not named as an image: its name must end in .nii.gz or .nii"),
+    ],
+)
+def test_non_medical_files(segment_refused, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    error = segment_refused(tmp_path / name)
+    assert error.startswith(f"{tmp_path / name} ")
+    assert said in error
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinite_voxels(segment_refused, tmp_path, value):
+    image = phantom(0, shape=SMALL)[0][0]
+    image[3, 4, :2] = value
+    error = segment_refused(write_scan(tmp_path / "scan.nii.gz", image))
+    assert error == (
+        f"{tmp_path / 'scan.nii.gz'}: 2 voxel(s) are NaN or infinite; replace them, for example by the background value"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((20, 20), "is 2D (20 x 20); expected is 3D"),
+        ((8, 9, 10, 2), "model expects MRI; {} holds 2 channel(s)"),
+        ((4, 4, 4, 2, 2), "is 5D (4 x 4 x 4 x 2 x 2); expected is 3D"),
+    ],
+)
+def test_other_dimensions(segment_refused, tmp_path, shape, said):
+    scan = write_scan(tmp_path / "scan.nii.gz", np.ones(shape, np.float32))
+    assert said.format(scan) in segment_refused(scan)
+
+
+def test_an_empty_folder(refused, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    error = refused("segment", tmp_path / "in", tmp_path / "out", "--model", model)
+    assert error.startswith(f"input folder {tmp_path / 'in'} has no images (.nii.gz, .nii) directly in it")
+
+
+# ---- channels
+
+
+def test_missing_channel(segment_refused, refused, two_channel_model, tmp_path):
+    scan = write_scan(tmp_path / "in" / "patient_0000.nii.gz")
+    error = segment_refused(scan, two_channel_model)
+    assert error.startswith(
+        "model expects FLAIR, t1gd; patient has FLAIR (patient_0000.nii.gz): t1gd is missing. "
+        "Numbers in file names mean: _0000 FLAIR, _0001 t1gd"
+    )
+
+
+def test_wrong_number_of_channels(segment_refused, two_channel_model, tmp_path):
+    for count in (1, 3):
+        shape = SMALL if count == 1 else (*SMALL, count)
+        scan = write_scan(tmp_path / "scan.nii.gz", np.ones(shape, np.float32))
+        error = segment_refused(scan, two_channel_model)
+        assert f"model expects FLAIR, t1gd; {scan} holds {count} channel(s)" in error
+        assert "Give one 3D file a channel, or one 4D file with these channels along its last axis" in error
+
+
+def test_wrong_names_of_channels(refused, two_channel_model, tmp_path, capsys):
+    dataset = write_nnunet(tmp_path / "ds", 2, channels=("FLAIR", "T2"))
+    code = main(["segment", str(dataset), str(tmp_path / "out"), "--model", str(two_channel_model)])
+    assert code == 1
+    errors = capsys.readouterr().err.splitlines()[-2:]
+    for index, error in enumerate(errors):
+        assert error.startswith(f"error: case_00{index}: model expects FLAIR, t1gd; case_00{index} has FLAIR")
+        assert "t1gd is missing" in error
+
+
+def test_channels_on_different_grids(refused, two_channel_model, tmp_path, capsys):
+    write_scan(tmp_path / "in" / "patient_0000.nii.gz")
+    write_nifti(tmp_path / "in" / "patient_0001.nii.gz", phantom(0, shape=SMALL)[0][0], spacing_mm=(1, 1, 1.1))
+    assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(two_channel_model)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "patient_0000.nii.gz and " in error
+    assert "differ in spacing by 0.1 mm, allowed 0.001. Resample one to the grid of the other" in error
+
+
+# ---- training data
+
+
+def test_image_and_label_of_different_shape(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: mask[:-1])
+    assert train_refused(dataset) == (
+        "image of case_001 and label case_001.nii.gz are not on one grid: 8 x 9 x 10 against 7 x 9 x 10 voxels; "
+        "resample one to the other"
+    )
+
+
+def test_image_and_label_of_different_geometry(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(
+        dataset, lambda mask: mask, affine=np.array([[1, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
+    )
+    assert train_refused(dataset) == (
+        "image of case_001 and label case_001.nii.gz are not on one grid: they differ in position of the first voxel "
+        "by 0.5 mm, allowed 0.001; in spacing by 1 mm, allowed 0.001. Resample one to the grid of the other"
+    )
+
+
+def test_rounding_of_the_geometry_is_tolerated(tmp_path):
+    pytest.importorskip("monai")
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: mask, affine=np.diag([1, 1, 1.0004, 1]))
+    arguments = ["train", str(dataset), str(tmp_path / "run"), "--preset", "tiny", "--max-steps", "1"]
+    assert main(arguments) == 0
+
+
+def test_unlisted_labels(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: mask + 2 * (mask == 1).astype(np.uint8))
+    assert train_refused(dataset) == (
+        "case case_001: case_001.nii.gz holds the label values 3, which the dataset does not list; it lists 0, 1. "
+        "Add these values with their names under labels of dataset.json, or change them in the file to listed ones"
+    )
+
+
+def test_0_255_masks(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: mask * 255)
+    error = train_refused(dataset)
+    assert 'This looks like a 0/255 mask: write "255": "sphere" under labels of dataset.json, or divide' in error
+
+
+def test_float_labels(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: mask * np.float32(0.7))
+    error = train_refused(dataset)
+    assert error.startswith(f"{dataset / 'labelsTr' / 'case_001.nii.gz'}: ")
+    assert "voxel(s) hold no whole number (first: 0.7); labels must be integers: round them, or export" in error
+
+
+def test_negative_labels(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: -mask.astype(np.int16))
+    assert "case_001.nii.gz holds the label values -1, which the dataset does not list" in train_refused(dataset)
+
+
+def test_4d_label(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    change_label(dataset, lambda mask: np.stack([mask, mask], axis=-1))
+    assert "case_001.nii.gz is 4D (8 x 9 x 10 x 2); a mask must be 3D" in train_refused(dataset)
+
+
+def test_nan_in_a_training_image(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    write_scan(dataset / "imagesTr" / "case_002.nii.gz", np.full(SMALL, np.nan, np.float32))
+    assert "case_002.nii.gz: 720 voxel(s) are NaN or infinite" in train_refused(dataset)
+
+
+def test_empty_dataset(train_refused, tmp_path):
+    assert "has no training case; training needs at least 2" in train_refused(write_msd(tmp_path / "ds", 0))
+
+
+def test_one_case_only(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 1, shape=SMALL)
+    assert train_refused(dataset) == (
+        f"dataset {dataset} has one training case only (case_000); training needs at least 2, to hold one out"
+    )
+
+
+def test_no_foreground_anywhere(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    for label in (dataset / "labelsTr").iterdir():
+        write_nifti(label, np.zeros(SMALL, np.uint8))
+    assert train_refused(dataset) == (
+        f"dataset {dataset} has no foreground: all 3 masks are zero everywhere; "
+        "check that the label files are the right ones"
+    )
+
+
+def test_a_dataset_that_is_none(train_refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "has no known dataset layout; looked for dataset.json with" in train_refused(tmp_path / "empty")
+    assert train_refused(tmp_path / "nowhere").startswith(f"dataset {tmp_path / 'nowhere'} is not a folder; give the")
+
+
+def test_files_missing_from_a_dataset(train_refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    (dataset / "labelsTr" / "case_002.nii.gz").unlink()
+    assert "1 of 6 image and label files are missing: labelsTr/case_002.nii.gz" in train_refused(dataset)
+
+
+def test_a_run_folder_that_is_taken(refused, tmp_path):
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    error = refused("train", dataset, tmp_path / "run")
+    assert error == (
+        f"run folder {tmp_path / 'run'} holds a run already; add --resume to go on with it, or name another folder"
+    )
+
+
+# ---- settings
+
+
+def test_all_faults_of_a_configuration_at_once(tmp_path, capsys):
+    pytest.importorskip("monai")
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    config = tmp_path / "config.toml"
+    config.write_text("[plan]\nbatchsize = 4\nsteps = 0\n[train]\nlearning_rate = -1.0\n[network]\nwidth = 3\n")
+    arguments = ["train", str(dataset), str(tmp_path / "run"), "--config", str(config)]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("error: "))
+    assert lines[first] == "error: config file has 4 fault(s):"
+    faults = {line.split(":")[0].strip() for line in lines[first + 1 :]}
+    assert faults == {"plan.batchsize", "plan.steps", "train.learning_rate", "network.width"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[plan\n", "is not valid TOML: "),
+        (
+            "[training]\nsteps = 3\n",
+            "unknown top-level keys training; allowed are the tables [plan], [network]",
+        ),
+        ("steps = 3\n", "unknown top-level keys steps; allowed are the tables"),
+        (None, "cannot be read: No such file or directory; check the path"),
+    ],
+)
+def test_configuration_files_that_are_none(train_refused, tmp_path, text, said):
+    config = tmp_path / "config.toml"
+    if text is not None:
+        config.write_text(text)
+    error = train_refused(write_msd(tmp_path / "ds", 3, shape=SMALL), "--config", config)
+    assert error.startswith(f"config file {config}")
+    assert said in error
+
+
+# ---- outputs
+
+
+def test_output_below_a_regular_file(refused, model, tmp_path):
+    pytest.importorskip("monai")
+    (tmp_path / "file").write_text("mine")
+    scan = write_scan(tmp_path / "in" / "scan.nii.gz")
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    below = tmp_path / "file" / "out"
+    file = below.with_suffix(".nii.gz")
+    assert refused("segment", scan, file, "--model", model).startswith(f"output {file} cannot be written: ")
+    error = refused("segment", tmp_path / "in", below, "--model", model)
+    assert error == f"output {below} cannot be written: Not a directory; name another place"
+    assert f"cannot write {below}" in refused("train", dataset, below, "--preset", "tiny", "--max-steps", "1")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_full_disk_while_segmenting(refused, full_disk, model, tmp_path):
+    scan, output = write_scan(tmp_path / "scan.nii.gz"), tmp_path / "out" / "mask.nii.gz"
+    write_nifti(output, np.ones(SMALL, np.uint8))
+    before = output.read_bytes()
+    error = refused("segment", scan, output, "--model", model)
+    assert error == f"cannot write {output}: No space left on device; nothing was changed there"
+    assert contents(output.parent) == {output: before}
+
+
+def test_full_disk_while_training(train_refused, full_disk, tmp_path):
+    error = train_refused(write_msd(tmp_path / "ds", 3, shape=SMALL))
+    assert error.startswith(f"cannot write {tmp_path / 'run'}")
+    assert "No space left on device; nothing was changed there" in error
+    assert contents(tmp_path / "run") == {}
+
+
+def test_full_disk_while_evaluating(full_disk, tmp_path, capsys):
+    dataset = write_msd(tmp_path / "ds", 2, shape=SMALL)
+    scores = tmp_path / "scores.json"
+    scores.write_text("earlier")
+    assert main(["evaluate", str(dataset / "labelsTr"), str(dataset), "--json", str(scores)]) == 2
+    printed = capsys.readouterr()
+    assert "1.0000" in printed.out
+    assert printed.err == f"error: cannot write {scores}: No space left on device; nothing was changed there\n"
+    assert scores.read_text() == "earlier"
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("command", ["info", "segment"])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda model: shutil.rmtree(model), "does not exist; check the path"),
+        (lambda model: (model / "weights.safetensors").unlink(), "is incomplete: weights.safetensors is missing"),
+        (lambda model: (model / "model.json").unlink(), "is incomplete: model.json is missing; copy the folder again"),
+        (lambda model: (model / "weights.safetensors").write_bytes(b"\x80\x02c"), "is a pickle, which TokenSeg never"),
+        (lambda model: os.truncate(model / "weights.safetensors", 1000), "does not match the SHA-256 in model.json"),
+        (lambda model: os.truncate(model / "model.json", 1000), "model.json is damaged or not a TokenSeg model"),
+        (lambda model: change_json(model / "model.json", schema_version=2), "schema version 2, this TokenSeg reads 1"),
+    ],
+    ids=["missing", "no weights", "no facts", "pickle", "cut weights", "cut facts", "newer"],
+)
+def test_unusable_models(refused, model, tmp_path, command, harm, said):
+    harmed = Path(shutil.copytree(model, tmp_path / "model"))
+    harm(harmed)
+    scan = write_scan(tmp_path / "scan.nii.gz")
+    arguments = {"info": [harmed], "segment": [scan, tmp_path / "mask.nii.gz", "--model", harmed]}
+    error = refused(command, *arguments[command])
+    assert str(harmed) in error
+    assert said in error
+    assert not (tmp_path / "mask.nii.gz").exists()
+
+
+def test_a_checkpoint_file_of_another_program(refused, tmp_path):
+    (tmp_path / "best.pth").write_bytes(b"PK\x03\x04")
+    error = refused("info", tmp_path / "best.pth")
+    assert error.startswith(
+        f"{tmp_path / 'best.pth'} is a file; a model is a folder with weights.safetensors and model.json"
+    )
+
+
+# ---- evaluation
+
+
+def test_masks_that_cannot_be_compared(refused, tmp_path):
+    cube = np.zeros(SMALL, np.uint8)
+    cube[2:5, 2:5, 2:5] = 1
+    write_nifti(tmp_path / "a" / "x.nii.gz", cube)
+    write_nifti(tmp_path / "b" / "x.nii.gz", cube, spacing_mm=(1, 1, 2))
+    write_nifti(tmp_path / "c" / "y.nii.gz", cube)
+    write_nifti(tmp_path / "d" / "x.nii.gz", cube * np.float32(0.5))
+    (tmp_path / "e").mkdir()
+    assert "differ in spacing by 1 mm, allowed 0.001" in refused("evaluate", tmp_path / "a", tmp_path / "b")
+    assert "none of the 1 masks in" in refused("evaluate", tmp_path / "a", tmp_path / "c")
+    assert "hold no whole number (first: 0.5)" in refused("evaluate", tmp_path / "d", tmp_path / "a")
+    assert "hold no masks and are no usable dataset" in refused("evaluate", tmp_path / "a", tmp_path / "e")
+    assert "predictions" in refused("evaluate", tmp_path / "nowhere", tmp_path / "a")
+    assert "is a file and" in refused("evaluate", tmp_path / "a" / "x.nii.gz", tmp_path / "a")
+
+
+# ---- anything at all: a few bytes changed at random, and only a TokenSegError may come out
+
+
+def mutations(content: bytes, count: int, seed: int, first: int = 0):
+    """Copies with one to three bytes changed, cut or inserted at random, from byte `first` on."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            position = int(rng.integers(first, len(changed)))
+            kind = rng.integers(4)
+            if kind <= 1:
+                changed[position] = rng.integers(256)
+            elif kind == 2:
+                del changed[position : position + int(rng.integers(1, 20))]
+            else:
+                changed[position:position] = rng.integers(256, size=4, dtype=np.uint8).tobytes()
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_changed_images(tmp_path, name):
+    scan = write_scan(tmp_path / name, phantom(0, shape=(5, 5, 5))[0][0])
+    content = scan.read_bytes()
+    toy = toy_model(constant(0.0, 1.0), plan_of("MRI"))
+    outcomes = []
+    for changed in mutations(content[:500] if name.endswith(".nii") else content, 200, seed=1):
+        scan.write_bytes(changed + (content[500:] if name.endswith(".nii") else b""))
+        (result,) = segment_files([toy], scan, tmp_path / "out" / "mask.nii.gz")
+        outcomes.append(result.error)
+    assert outcomes.count("") < 200
+    assert all("scan" in error for error in outcomes if error)
+    assert not any("\n" in error for error in outcomes)
+
+
+def test_changed_model_descriptions(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    content = (folder / "model.json").read_bytes()
+    refusals = 0
+    for changed in mutations(content, 200, seed=2):
+        (folder / "model.json").write_bytes(changed)
+        try:
+            load_model(folder)
+        except TokenSegError:
+            refusals += 1
+    assert refusals > 100
+
+
+def test_changed_weights_with_a_matching_checksum(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    content = (folder / "weights.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    refusals = 0
+    for changed in mutations(content[:header], 200, seed=3):
+        weights = changed + content[header:]
+        (folder / "weights.safetensors").write_bytes(weights)
+        change_json(folder / "model.json", weights_sha256=hashlib.sha256(weights).hexdigest())
+        try:
+            load_model(folder)
+        except TokenSegError:
+            refusals += 1
+    assert refusals > 100
+
+
+@pytest.mark.parametrize("layout", ["msd", "nnunet"])
+def test_changed_manifests(tmp_path, layout):
+    dataset = (write_msd if layout == "msd" else write_nnunet)(tmp_path / "ds", 2, shape=(4, 4, 4))
+    content = (dataset / "dataset.json").read_bytes()
+    refusals = 0
+    for changed in mutations(content, 200, seed=4):
+        (dataset / "dataset.json").write_bytes(changed)
+        for reader in (open_dataset, list_dataset_images):
+            try:
+                reader(dataset)
+            except TokenSegError:
+                refusals += 1
+    assert refusals > 100
+
+
+def test_changed_configurations(tmp_path):
+    path = tmp_path / "config.toml"
+    content = b"[plan]\nsteps = 10\nspacing_mm = [1.0, 1.0, 1.0]\n[network]\nnum_kept = 100\n[train]\nclip_norm = 1.0\n"
+    refusals = 0
+    for changed in mutations(content, 200, seed=5):
+        path.write_bytes(changed)
+        try:
+            build_run_config(make_plan(), PRESETS["tiny"], read_overrides(path))
+        except TokenSegError:
+            refusals += 1
+    assert refusals > 100

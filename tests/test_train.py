@@ -1,0 +1,670 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from golden.regenerate import COLUMNS, CURVE, NUM_STEPS, train_shortly
+from phantoms import change_json, write_mamamia, write_msd, write_nifti, write_nnunet
+from tokenseg.checkpoint import load_model
+from tokenseg.config import NetworkConfig, Plan, TrainOptions
+from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError, TrainingError
+from tokenseg.model.network import TokenSeg, TokenSegOutput
+from tokenseg.progress import Silent
+from tokenseg.train import train
+from tokenseg.training import loop
+from tokenseg.training.journal import read_journal
+
+SHAPE = (20, 20, 16)
+OPTIONS = TrainOptions(preset="tiny", max_steps=6, device="cpu", threads=1)
+RESUME = replace(OPTIONS, resume=True)
+
+
+class Told(Silent):
+    """Keeps messages; can be told to break off when a stage begins or a number of units is done in it."""
+
+    def __init__(self, break_at: str = "", after: int = 0) -> None:
+        self.messages: list[str] = []
+        self.stages: list[tuple[str, int, int]] = []
+        self._break_at, self._left = break_at, after
+
+    def stage(self, name: str, total: int, done: int = 0) -> None:
+        self.stages.append((name, total, done))
+        self._break_off()
+
+    def advance(self, note: str = "") -> None:
+        self._left -= self.stages[-1][0] == self._break_at
+        self._break_off()
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def _break_off(self) -> None:
+        if self.stages[-1][0] == self._break_at and self._left <= 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_msd(tmp_path_factory.mktemp("dataset") / "Phantom", 5, shape=SHAPE)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text("[plan]\nwindow_vox = [16, 16, 16]\nbatch_size = 2\n")
+    return path
+
+
+@pytest.fixture
+def options(config: Path) -> TrainOptions:
+    return replace(OPTIONS, config=config)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Path, config: Path) -> Path:
+    """A run of 12 steps that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(dataset, run, replace(OPTIONS, config=config, max_steps=12))
+    return run
+
+
+def interrupted(dataset: Path, run: Path, options: TrainOptions, stage: str, after: int = 0) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, run, options, Told(stage, after))
+
+
+def losses(run: Path) -> list[str]:
+    return [row["loss"] for row in read_journal(run / "log.csv")]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model" / "weights.safetensors").read_bytes()
+
+
+def tensors_are_finite(path: Path) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
+
+
+# The run folder
+
+
+def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
+    assert {path.name for path in straight.iterdir()} == {
+        "config.toml", "run.json", "fingerprint.json", "splits.json", "cache", "log.csv", "state.safetensors",
+        "model", "validation",
+    }  # fmt: skip
+    assert {path.name for path in (straight / "model").iterdir()} == {"weights.safetensors", "model.json", "README.md"}
+    held_out = json.loads((straight / "splits.json").read_text())[0]["val"]
+    assert {path.name for path in (straight / "validation").iterdir()} == {
+        *(f"{case_id}.nii.gz" for case_id in held_out), "summary.csv", "scores.json", "scores.csv",
+    }  # fmt: skip
+    facts = json.loads((straight / "run.json").read_text())
+    assert {key: facts[key] for key in ("dataset", "preset", "fold", "seed", "total_steps", "threads")} == {
+        "dataset": "Phantom", "preset": "tiny", "fold": 0, "seed": 0, "total_steps": 12, "threads": 1,
+    }  # fmt: skip
+    assert [int(row["step"]) for row in read_journal(straight / "log.csv")] == list(range(1, 13))
+
+
+def test_no_file_of_a_run_is_a_pickle(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("something was pickled")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "save", forbidden)
+        patch.setattr("pickle.dump", forbidden)
+        patch.setattr("pickle.dumps", forbidden)
+        train(dataset, tmp_path / "run", options)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"".join(path.suffixes) for path in files} == {
+        ".json", ".csv", ".toml", ".npy", ".safetensors", ".md", ".nii.gz",
+    }  # fmt: skip
+    assert not [path for path in files if path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")]
+    for path in files:
+        if path.suffix == ".npy":
+            np.load(path, allow_pickle=False)
+
+
+def test_the_model_knows_its_training(straight: Path) -> None:
+    facts = load_model(straight).facts
+    assert facts.name == "Phantom"
+    assert facts.plan.window_vox == (16, 16, 16)
+    assert {key: facts.training[key] for key in ("training_cases", "validation_cases", "fold", "seed", "steps")} == {
+        "training_cases": 4, "validation_cases": 1, "fold": 0, "seed": 0, "steps": 12,
+    }  # fmt: skip
+    assert "(" in facts.training["validation_dice_sphere"]
+
+
+def test_a_dataset_named_by_a_dot_keeps_its_name(
+    dataset: Path, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(dataset)
+    train(Path(), tmp_path / "run", replace(options, max_steps=1))
+    assert load_model(tmp_path / "run").facts.name == "Phantom"
+
+
+def test_the_result_is_the_score_of_the_held_out_cases(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    told = Told()
+    result = train(dataset, tmp_path / "run", replace(options, fold=2), told)
+    held_out = json.loads((tmp_path / "run" / "splits.json").read_text())[2]["val"]
+    assert (result.run, result.steps) == (tmp_path / "run", 6)
+    assert [row.case_id for row in result.evaluation.rows] == held_out
+    with (tmp_path / "run" / "validation" / "scores.csv").open() as file:
+        assert [row["case"] if "case" in row else row["case_id"] for row in csv.DictReader(file)] == held_out
+    mask = nib.load(tmp_path / "run" / "validation" / f"{held_out[0]}.nii.gz")
+    assert mask.shape == SHAPE
+    # What happened, in order.
+    assert [stage[0] for stage in told.stages] == ["reading", "preparing", "training", "segmenting"]
+    assert told.messages[0].startswith("Medical Segmentation Decathlon")
+    assert any(text.startswith("plan: spacing_mm: median of 5 cases") for text in told.messages)
+
+
+def test_all_cases_can_be_trained_on(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    told = Told()
+    result = train(dataset, tmp_path / "run", replace(options, fold="all", max_steps=1), told)
+    assert result.evaluation.summaries[0].n == 5
+    assert any(
+        text.startswith("note: --fold all: the validation cases are the training cases") for text in told.messages
+    )
+
+
+def regions(root: Path) -> Path:
+    labels = {"whole": [1, 2], "core": [2]}
+    return write_nnunet(root, 4, shape=SHAPE, channels=("T1", "FLAIR"), labels=labels, regions_class_order=[1, 2])
+
+
+def one_slice(root: Path) -> Path:
+    return write_msd(root, 4, shape=(20, 20, 1), spacing_mm=(1.0, 1.0, 5.0))
+
+
+def dce(root: Path) -> Path:
+    return write_mamamia(root, 4, shape=SHAPE, num_phases=(3, 4))
+
+
+@pytest.mark.parametrize("write", [regions, one_slice, dce])
+def test_other_layouts_train(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[plan]\nbatch_size = 2\n")
+    options = replace(OPTIONS, config=tmp_path / "c.toml", max_steps=2)
+    result = train(write(tmp_path / "data"), tmp_path / "run", options)
+    assert result.evaluation.summaries[0].n == 1
+    assert tensors_are_finite(tmp_path / "run" / "state.safetensors")
+
+
+# Repeating and resuming
+
+
+def test_the_seed_decides_the_weights(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    train(dataset, tmp_path / "a", options)
+    torch.manual_seed(8)
+    train(dataset, tmp_path / "b", options)
+    train(dataset, tmp_path / "c", replace(options, seed=1))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
+def test_training_leaves_the_global_random_state_alone(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(dataset, tmp_path / "run", replace(options, max_steps=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_loss_curve_is_the_committed_one_and_repeats_bit_for_bit(tmp_path: Path) -> None:
+    """After a deliberate change: cd tests && python -m golden.regenerate."""
+    first, second = train_shortly(tmp_path / "a"), train_shortly(tmp_path / "b")
+    assert [row | {"seconds": ""} for row in first] == [row | {"seconds": ""} for row in second]
+    assert weights(tmp_path / "a" / "run") == weights(tmp_path / "b" / "run")
+    with CURVE.open() as file:
+        committed = list(csv.DictReader(file))
+    assert len(committed) == NUM_STEPS
+    for name in COLUMNS:
+        expected = [float(row[name]) for row in committed]
+        assert [float(row[name]) for row in first] == pytest.approx(expected, rel=1e-3), name
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tokenseg.config import TrainOptions
+from tokenseg.progress import Silent
+from tokenseg.train import train
+from tokenseg.training import loop
+
+class Slow(Silent):
+    def advance(self, note=""):
+        time.sleep(0.05)
+
+loop.SAVE_SECONDS = 0.02  # about every second step
+dataset, run, config = map(Path, sys.argv[1:])
+train(dataset, run, TrainOptions(preset="tiny", max_steps=12, device="cpu", threads=1, config=config), Slow())
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_identical(dataset: Path, config: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(dataset), str(run), str(config)]) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "state.safetensors").exists() or len(losses(run)) < 4:
+            assert process.poll() is None, "the run ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 4 <= len(losses(run)) < 12
+    assert not (run / "model").exists()
+    told = Told()
+    train(dataset, run, RESUME, told)
+    assert told.messages[0] == f"resuming {run}; settings are those it was started with"
+    done = next(stage[2] for stage in told.stages if stage[0] == "training")
+    assert 1 <= done < 12
+    assert losses(run) == losses(straight)
+    assert weights(run) == weights(straight)
+    assert (run / "state.safetensors").read_bytes() == (straight / "state.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "after", "message"),
+    [
+        ("reading", 0, "nothing to resume in"),
+        ("reading", 3, "nothing to resume in"),
+        ("preparing", 2, "resuming"),
+        ("training", 0, "resuming"),
+        ("training", 5, "resuming"),
+        ("training", 12, "resuming"),
+        ("segmenting", 0, "resuming"),
+    ],
+)
+def test_a_run_goes_on_from_any_stage(
+    dataset: Path, options: TrainOptions, straight: Path, tmp_path: Path, stage: str, after: int, message: str
+) -> None:
+    run, told = tmp_path / "run", Told()
+    options = replace(options, max_steps=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SAVE_SECONDS", 0.0)
+        interrupted(dataset, run, options, stage, after)
+    train(dataset, run, replace(options, resume=True), told)
+    assert told.messages[0].startswith(message)
+    assert ("training", 12, after if stage == "training" else 12 * (stage == "segmenting")) in told.stages
+    assert losses(run) == losses(straight)
+    assert weights(run) == weights(straight)
+
+
+def test_what_was_asked_for_first_counts_on_resuming(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    interrupted(dataset, run, replace(options, fold=1, seed=3), "preparing")
+    before = json.loads((run / "run.json").read_text())
+    result = train(dataset, run, TrainOptions(resume=True, max_steps=99, preset="base", threads=1, device="cpu"))
+    assert result.steps == 6
+    assert json.loads((run / "run.json").read_text()) == before
+    assert load_model(run).facts.training["fold"] == 1
+
+
+def test_another_number_of_threads_is_noted(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    interrupted(dataset, tmp_path / "run", options, "training")
+    change_json(tmp_path / "run" / "run.json", threads=64)
+    told = Told()
+    train(dataset, tmp_path / "run", RESUME, told)
+    assert "note: 64 threads before, 1 now: not bit-identical" in told.messages
+
+
+def test_a_moved_dataset_can_be_resumed(options: TrainOptions, tmp_path: Path) -> None:
+    dataset = write_msd(tmp_path / "here", 4, shape=SHAPE)
+    interrupted(dataset, tmp_path / "run", options, "training", 2)
+    dataset.rename(tmp_path / "there")
+    assert train(tmp_path / "there", tmp_path / "run", RESUME).steps == 6
+
+
+def test_minutes_become_steps_once(
+    dataset: Path, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = tmp_path / "run", Told("training", 2)
+    options = replace(options, max_steps=None, max_minutes=0.1)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("tokenseg.train.measure_step_seconds", lambda *_: 1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, run, options, told)
+    assert told.messages[-1] == "1.000 s a step: 6 steps in 0.1 minutes"
+    assert json.loads((run / "run.json").read_text())["total_steps"] == 6
+    monkeypatch.setattr("tokenseg.train.measure_step_seconds", lambda *_: pytest.fail("timed again"))
+    assert train(dataset, run, replace(options, resume=True)).steps == 6
+    facts = json.loads((run / "run.json").read_text())
+    assert (facts["total_steps"], facts["max_minutes"], facts["preset"]) == (6, 0.1, "tiny")
+    # The timed steps left no trace in the weights.
+    train(dataset, tmp_path / "steps", replace(options, max_minutes=None, max_steps=6))
+    assert weights(run) == weights(tmp_path / "steps")
+
+
+def test_a_run_killed_while_timing_is_timed_again(
+    dataset: Path, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    options = replace(options, max_steps=None, max_minutes=0.05)
+    monkeypatch.setattr("tokenseg.train.measure_step_seconds", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, tmp_path / "run", options)
+    monkeypatch.setattr("tokenseg.train.measure_step_seconds", lambda *_: 1.0)
+    assert train(dataset, tmp_path / "run", RESUME).steps == 3
+
+
+def test_a_short_time_is_one_step_at_least(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    assert train(dataset, tmp_path / "run", replace(options, max_steps=None, max_minutes=1e-6)).steps == 1
+
+
+def test_without_a_limit_the_plan_says_how_many_steps(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("[plan]\nwindow_vox = [16, 16, 16]\nbatch_size = 2\nsteps = 3\n")
+    assert train(dataset, tmp_path / "run", replace(options, max_steps=None, config=path)).steps == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["total_steps"] == 3
+
+
+# Run folders that cannot be used
+
+
+def test_a_run_is_never_overwritten(dataset: Path, options: TrainOptions, straight: Path) -> None:
+    before = weights(straight)
+    with pytest.raises(
+        ConfigError, match=r"run folder .*straight holds a run already; add --resume to go on with it, or name another"
+    ):
+        train(dataset, straight, options)
+    assert weights(straight) == before
+
+
+def test_a_state_without_its_description_is_not_taken_up(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(dataset, run, replace(options, max_steps=1))
+    (run / "run.json").unlink()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(dataset, run, options)
+    with pytest.raises(ConfigError, match=r"run cannot be resumed: .*run\.json.*; start again in a new folder"):
+        train(dataset, run, RESUME)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("run.json", "{"), ("run.json", "[]"), ("run.json", "{}"), ("splits.json", "[]"), ("splits.json", "[1]")],
+)
+def test_a_damaged_description_is_refused(
+    dataset: Path, options: TrainOptions, tmp_path: Path, name: str, content: str
+) -> None:
+    interrupted(dataset, tmp_path / "run", options, "preparing")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"run folder .*run cannot be resumed: .*; start again in a new folder"):
+        train(dataset, tmp_path / "run", RESUME)
+
+
+def test_a_damaged_state_is_refused(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    train(dataset, tmp_path / "run", replace(options, max_steps=1))
+    state = tmp_path / "run" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(
+        FileError, match=r"training state .*state\.safetensors cannot be used: .*; start again in a new"
+    ):
+        train(dataset, tmp_path / "run", RESUME)
+
+
+def test_other_cases_are_refused_on_resuming(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    other = write_msd(tmp_path / "other", 5, shape=SHAPE, name="patient")
+    interrupted(dataset, tmp_path / "run", options, "training")
+    with pytest.raises(
+        DataError, match=r"was started on other cases: case_000, .*case_004 not in .*other; give the dataset it was"
+    ):
+        train(other, tmp_path / "run", RESUME)
+
+
+def test_a_run_folder_that_is_a_file_is_refused(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileError, match=r"cannot write .*run"):
+        train(dataset, tmp_path / "run", options)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"fold": 5}, r"--fold 5: the dataset has folds 0 to 4"),
+        ({"fold": -1}, r"--fold -1: must be at least 0"),
+        ({"max_minutes": 1.0}, r"--max-minutes and --max-steps are both given; give one of them"),
+        ({"max_steps": 0}, r"--max-steps 0: must be at least 1"),
+        ({"max_steps": None, "max_minutes": float("nan")}, r"--max-minutes nan: must be above 0"),
+        ({"threads": 0}, r"--threads 0: must be at least 1"),
+        ({"config": Path("nowhere.toml")}, r"config file nowhere\.toml cannot be read: No such file"),
+    ],
+)
+def test_options_out_of_range_are_refused(
+    dataset: Path, options: TrainOptions, tmp_path: Path, changes: dict[str, object], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        train(dataset, tmp_path / "run", replace(options, **changes))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_all_faults_of_a_config_file_are_listed_at_once(dataset: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        "[plan]\nwindow_vox = [0, 16, 16]\n[network]\nmixer_layers = -1\ncolour = 'red'\n[train]\nlearning_rate = -1\n"
+    )
+    with pytest.raises(ConfigError, match=r"config file has 4 fault\(s\)") as caught:
+        train(dataset, tmp_path / "run", replace(OPTIONS, config=path))
+    for key in ("plan.window_vox.0", "network.mixer_layers", "network.colour", "train.learning_rate"):
+        assert f"  {key}: " in str(caught.value)
+
+
+def test_an_unknown_table_is_refused(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[training]\nlearning_rate = 1\n")
+    with pytest.raises(ConfigError, match=r"unknown top-level keys training; allowed are the tables \[plan\]"):
+        train(dataset, tmp_path / "run", replace(OPTIONS, config=tmp_path / "bad.toml"))
+
+
+class Watched(TokenSeg):
+    """Remembers the sizes that it was trained on."""
+
+    def __init__(self, config: NetworkConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.sizes: set[tuple[int, ...]] = set()
+
+    def forward(self, images: Tensor, num_kept: int | None = None) -> TokenSegOutput:
+        if self.training:
+            self.sizes.add(tuple(images.shape))
+        return super().forward(images, num_kept)
+
+
+def test_an_edited_config_is_honoured_when_passed_back(dataset: Path, straight: Path, tmp_path: Path) -> None:
+    edited, made = tmp_path / "edited.toml", []
+    text = (straight / "config.toml").read_text()
+    values = tomllib.loads(text)
+    old_window = "".join(text.partition("window_vox = ")[2].partition("]")[:2])
+    text = text.replace(f"window_vox = {old_window}", "window_vox = [12, 20, 16]")
+    edited.write_text(text.replace("learning_rate = 0.002", "learning_rate = 0.01"))
+    assert tomllib.loads(edited.read_text()) != values
+
+    def make(config: NetworkConfig, plan: Plan) -> Watched:
+        made.append(Watched(config, plan))
+        return made[0]
+
+    train(dataset, tmp_path / "run", replace(OPTIONS, config=edited, max_steps=2), make_network=make)
+    assert made[0].sizes == {(2, 1, 12, 20, 16)}
+    # Warm-up over 0.1 steps: step 0 has 1 / 1.1 of the peak.
+    assert float(read_journal(tmp_path / "run" / "log.csv")[0]["learning_rate"]) == pytest.approx(0.01 / 1.1)
+    values["plan"]["window_vox"], values["train"]["learning_rate"] = [12, 20, 16], 0.01
+    assert tomllib.loads((tmp_path / "run" / "config.toml").read_text()) == values
+    assert load_model(tmp_path / "run").facts.plan.window_vox == (12, 20, 16)
+
+
+# Training that goes wrong
+
+
+def test_a_loss_that_is_nan_keeps_the_last_good_weights(
+    dataset: Path, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, calls, original = tmp_path / "run", [], loop.training_loss
+
+    def breaks_down(*arguments: object, **keywords: object) -> object:
+        calls.append(1)
+        parts = original(*arguments, **keywords)
+        return parts._replace(total=parts.total * torch.nan) if len(calls) == 4 else parts
+
+    monkeypatch.setattr(loop, "training_loss", breaks_down)
+    with pytest.raises(
+        TrainingError,
+        match=r"the loss became nan on a window of case_00\d.*; the last good weights are kept\. Look at these cases",
+    ):
+        train(dataset, run, options)
+    assert len(losses(run)) == 3
+    assert tensors_are_finite(run / "state.safetensors")
+    assert tensors_are_finite(run / "model" / "weights.safetensors")
+    model, state = load_model(run).network.state_dict(), load_file(run / "state.safetensors")
+    assert all(torch.equal(tensor, state[f"network.{name}"]) for name, tensor in model.items())
+
+
+def test_a_network_that_predicts_background_only_is_noticed(
+    dataset: Path, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "quick_dice", lambda *_: 0.0)
+    told = Told()
+    train(dataset, tmp_path / "run", options, told)
+    assert [text for text in told.messages if "warning" in text] == [
+        "warning: foreground Dice on validation cases is 0.000 (best so far 0.000): the network predicts background "
+        "only. Raise foreground_fraction or lower learning_rate under [train] in a --config file"
+    ]
+
+
+def mask_of(value: float, dtype: type = np.uint8) -> np.ndarray:
+    mask = np.zeros(SHAPE, dtype=dtype)
+    mask[5:12, 5:12, 5:12] = value
+    return mask
+
+
+def set_mask(root: Path, mask: np.ndarray, *, every: bool = False) -> None:
+    for path in sorted((root / "labelsTr").iterdir())[: None if every else 1]:
+        write_nifti(path, mask)
+
+
+def nan_voxel(root: Path) -> None:
+    image = np.ones(SHAPE, dtype=np.float32)
+    image[3, 3, 3] = np.nan
+    write_nifti(root / "imagesTr" / "case_000.nii.gz", image)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "text"),
+    [
+        (lambda root: set_mask(root, mask_of(0), every=True), DataError, r"has no foreground: all 3 masks are zero"),
+        (
+            lambda root: set_mask(root, mask_of(7)),
+            DataError,
+            r"case case_000: case_000\.nii\.gz holds the label values 7, which the dataset does not list; it lists 0, 1",
+        ),
+        (lambda root: set_mask(root, mask_of(255), every=True), DataError, r"looks like a 0/255 mask: .* divide the"),
+        (
+            lambda root: set_mask(root, mask_of(0.5, np.float32)),
+            DataError,
+            r"case_000\.nii\.gz: 343 voxel\(s\) hold no whole number \(first: 0\.5\); labels must be integers: round",
+        ),
+        (nan_voxel, DataError, r"case_000\.nii\.gz: 1 voxel\(s\) are NaN or infinite; replace them"),
+        (lambda root: set_mask(root, mask_of(1)[:-1]), GeometryError, r"image of case_000 and label case_000\.nii\.gz"),
+        (lambda root: (root / "labelsTr" / "case_001.nii.gz").unlink(), DataError, r"1 of 6 image and label files are"),
+        (lambda root: (root / "imagesTr" / "case_001.nii.gz").write_bytes(b""), FileError, r"case_001\.nii\.gz"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(
+    spoil: Callable[[Path], object], kind: type[TokenSegError], text: str, tmp_path: Path
+) -> None:
+    root = write_msd(tmp_path / "data", 3, shape=SHAPE)
+    spoil(root)
+    with pytest.raises(kind, match=text):
+        train(root, tmp_path / "run", OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_float_masks_of_whole_numbers_are_fine(options: TrainOptions, tmp_path: Path) -> None:
+    root = write_msd(tmp_path / "data", 3, shape=SHAPE)
+    set_mask(root, mask_of(1, np.float32), every=True)
+    assert train(root, tmp_path / "run", replace(options, max_steps=1)).evaluation.summaries[0].n == 1
+
+
+@pytest.mark.parametrize(("num_cases", "text"), [(0, "no training case"), (1, r"one training case only \(case_000\)")])
+def test_a_dataset_too_small_to_hold_one_out_is_refused(num_cases: int, text: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"{text}; training needs at least 2"):
+        train(write_msd(tmp_path / "data", num_cases, shape=SHAPE), tmp_path / "run", OPTIONS)
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no known dataset layout; looked for"):
+        train(tmp_path, tmp_path / "run", OPTIONS)
+
+
+# Several processes
+
+
+PARALLEL = """
+import sys
+from pathlib import Path
+from tokenseg.config import TrainOptions
+from tokenseg.progress import Silent
+from tokenseg.train import train
+
+class Talk(Silent):
+    def message(self, text):
+        print("SAID", text, flush=True)
+
+dataset, run, config = map(Path, sys.argv[1:4])
+limit = {"max_steps": 3} if sys.argv[4] == "steps" else {"max_minutes": 0.003}
+result = train(dataset, run, TrainOptions(preset="tiny", config=config, device="cpu", threads=1, **limit), Talk())
+print("DONE", result.steps, result.evaluation.summaries[0].n, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["steps", "minutes"])
+def test_two_processes_train_one_run(dataset: Path, config: Path, tmp_path: Path, limit: str) -> None:
+    script, run = tmp_path / "parallel.py", tmp_path / "run"
+    script.write_text(PARALLEL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(dataset), str(run), str(config), limit],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    # Both come to the same end, one of them speaks, and no row is written twice.
+    finished = [line for line in lines if line.startswith("DONE")]
+    assert len(finished) == 2
+    assert len(set(finished)) == 1
+    steps = int(finished[0].split()[1])
+    assert steps == 3 if limit == "steps" else steps >= 1
+    assert sum(line.startswith("SAID Medical Segmentation Decathlon") for line in lines) == 1
+    assert [int(row["step"]) for row in read_journal(run / "log.csv")] == list(range(1, steps + 1))
+    assert tensors_are_finite(run / "model" / "weights.safetensors")
+    assert load_model(run).facts.training["steps"] == steps
