@@ -215,7 +215,7 @@ def test_newer_schema(folder):
 
 
 def test_unknown_and_missing_keys_are_all_named(folder):
-    change_json(folder / "model.json", extra=1, plan=None, network={"widths": [1, 2]})
+    change_json(folder / "model.json", extra=1, plan=None, network={"widths": 3})
     with pytest.raises(ModelError, match=r"(?s)model.json has 3 fault.*plan: .*network.widths: .*extra: "):
         load_model(folder)
 
@@ -230,7 +230,7 @@ def test_unknown_and_missing_keys_are_all_named(folder):
         {"network": PRESETS["tiny"].model_dump() | {"tokens": False}},
         {"network": PRESETS["tiny"].model_dump() | {"widths": [0, 0, 0, 0]}},
         {"network": PRESETS["tiny"].model_dump() | {"widths": [-8, 12, 16, 24]}},
-        {"network": PRESETS["tiny"].model_dump() | {"widths": [10**7] * 4}},
+        {"network": PRESETS["tiny"].model_dump() | {"widths": [10**10] * 4}},
         {"network": PRESETS["tiny"].model_dump() | {"codebook_size": 10**12}},
     ],
     ids=["channels", "labels", "preset", "no tokens", "zero width", "negative width", "huge width", "huge codebook"],
@@ -240,6 +240,15 @@ def test_weights_of_another_network(folder, changes):
     with pytest.raises(
         ModelError, match=r"weights do not fit the network in model.json; copy|model.json has \d+ fault"
     ):
+        load_model(folder)
+
+
+def test_weights_that_cannot_be_read(folder, monkeypatch):
+    def broken(_: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(ModelError, match=r"weights.safetensors cannot be read: Input/output error"):
         load_model(folder)
 
 

@@ -130,7 +130,14 @@ def test_a_folder_with_a_broken_case_ends_with_1(dataset, model, tmp_path, capsy
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "scan2.nii.gz", "summary.csv"]
 
 
-def test_the_model_is_loaded_once(dataset, model, tmp_path, monkeypatch):
+@pytest.fixture
+def two_scans(tmp_path: Path) -> Path:
+    for index in range(2):
+        write_nifti(tmp_path / "in" / f"scan{index}.nii.gz", phantom(index)[0][0])
+    return tmp_path / "in"
+
+
+def test_the_model_is_loaded_once(two_scans, model, tmp_path, monkeypatch):
     loaded = []
     load = tokenseg.checkpoint.load_model
 
@@ -139,7 +146,7 @@ def test_the_model_is_loaded_once(dataset, model, tmp_path, monkeypatch):
         return load(*arguments)
 
     monkeypatch.setattr(tokenseg.checkpoint, "load_model", counting)
-    assert main(["segment", str(dataset), str(tmp_path / "out"), "--model", str(model)]) == 0
+    assert main(["segment", str(two_scans), str(tmp_path / "out"), "--model", str(model)]) == 0
     assert len(loaded) == 1
 
 
@@ -189,6 +196,16 @@ def test_evaluate_prints_counts_beside_every_mean(masks, tmp_path, capsys):
     assert len(files["csv"].read_text().splitlines()) == 1 + 5
 
 
+def test_evaluate_names_the_references_it_leaves_out(masks, capsys):
+    (masks[0] / "summary.csv").write_text("case,1_ml,error\na,0.2,\nb,0.0,\nc,0.2,\nd,0.0,\n")
+    assert main(["evaluate", *map(str, masks)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1].split()[-4:] == ["3", "1", "1", "1"]
+    assert printed.err.splitlines()[-1] == (
+        "note: 1 reference(s) are not scored, since the summary.csv of the predictions does not name them: e"
+    )
+
+
 def test_evaluate_shows_the_table_even_where_a_file_cannot_be_written(masks, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["evaluate", *map(str, masks), "--json", str(tmp_path / "file" / "scores.json")]) == 2
@@ -209,17 +226,16 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"tokenseg {tokenseg.__version__}\n"
 
 
-def test_the_script_and_the_module_are_the_same_program(model, tmp_path):
+def test_the_script_and_the_module_are_the_same_program(tmp_path):
     script = Path(sys.executable).with_name("tokenseg")
-    results = [
-        run_process(*program, "info", tmp_path / "nowhere")
-        for program in ([script], [sys.executable, "-m", "tokenseg"])
-    ]
-    for result in results:
-        assert result.returncode == 2
-        assert result.stdout == ""
-        assert result.stderr == f"error: model {tmp_path / 'nowhere'} does not exist; check the path\n"
-    assert run_process(script, "--version").stdout == f"tokenseg {tokenseg.__version__}\n"
+    missing = run_process(script, "info", tmp_path / "nowhere")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr == f"error: model {tmp_path / 'nowhere'} does not exist; check the path\n"
+    for program in ([script], [sys.executable, "-m", "tokenseg"]):
+        version, wrong = run_process(*program, "--version"), run_process(*program, "nothing")
+        assert (version.returncode, version.stdout) == (0, f"tokenseg {tokenseg.__version__}\n")
+        assert (wrong.returncode, wrong.stdout) == (2, "")
+        assert "Unrecognized options: nothing" in wrong.stderr
 
 
 # ---- wrong requests
@@ -391,12 +407,12 @@ def test_on_a_terminal_bars_show_the_time_left(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are of POSIX systems")
-def test_segment_on_a_real_terminal(dataset, model, tmp_path):
+def test_segment_on_a_real_terminal(two_scans, model, tmp_path):
     """Bars go to the terminal, results to the pipe."""
     import pty
 
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "tokenseg", "segment", dataset, tmp_path / "out", "--model", model]
+    command = [sys.executable, "-m", "tokenseg", "segment", two_scans, tmp_path / "out", "--model", model]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True) as process:
         os.close(theirs)
@@ -412,6 +428,6 @@ def test_segment_on_a_real_terminal(dataset, model, tmp_path):
         out = process.stdout.read() if process.stdout else ""
     os.close(ours)
     assert process.returncode == 0
-    assert "7/7" in drawn.decode()
-    assert "7 of 7 cases segmented" in out
+    assert "2/2" in drawn.decode()
+    assert "2 of 2 cases segmented" in out
     assert "\x1b" not in out

@@ -53,33 +53,38 @@ def network_with_active_tokens(config: NetworkConfig, plan: Plan) -> TokenSeg:
 
 # torch 2.13's exporter uses what torch 2.13 deprecates.
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("changes", "plan"),
+    ("changes", "plan", "dynamic"),
     [
-        pytest.param({}, make_plan(2, 2), id="vq"),
-        pytest.param({"quantizer": "fsq"}, make_plan(), id="fsq"),
-        pytest.param({"quantizer": "none"}, make_plan(strides=THICK_SLICES, spacing_mm=(1.0, 1.0, 4.0)), id="none"),
-        pytest.param({"score": "sum"}, make_plan(1, 3, regions=True), id="sum"),
+        pytest.param({}, make_plan(2, 2), "XYZ", id="vq"),
+        # An axis costs the exporter ten seconds: with one dynamic axis the others are covered well enough by "vq".
+        pytest.param({"quantizer": "fsq", "score": "sum"}, make_plan(1, 3, regions=True), "Z", id="fsq, sum"),
+        pytest.param({"quantizer": "none"}, make_plan(strides=THICK_SLICES), "X", id="none"),
     ],
 )
-def test_onnx_gives_the_same_logits_at_any_size(changes: dict[str, str], plan: Plan, tmp_path: Path) -> None:
+def test_onnx_gives_the_same_logits_at_any_size(
+    changes: dict[str, str], plan: Plan, dynamic: str, tmp_path: Path
+) -> None:
     network = network_with_active_tokens(PRESETS["tiny"].model_copy(update=changes), plan)
-    wrapper = LogitsOnly(network).eval()
-    axes = {axis: torch.export.Dim(name, min=18, max=512) for axis, name in ((2, "X"), (3, "Y"), (4, "Z"))}
+    axes = {axis: torch.export.Dim(name, min=18, max=512) for axis, name in enumerate("XYZ", 2) if name in dynamic}
     example = torch.randn(1, len(plan.channels), *EXAMPLE_SIZE)
     with without_shape_checks():
-        program = torch.onnx.export(wrapper, (example,), dynamo=True, dynamic_shapes={"images": axes}, verbose=False)
+        program = torch.onnx.export(
+            LogitsOnly(network).eval(), (example,), dynamo=True, dynamic_shapes={"images": axes}, verbose=False
+        )
     assert program is not None
     path = tmp_path / "network.onnx"
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    for size in OTHER_SIZES:
+    for other in OTHER_SIZES:
+        chosen = zip("XYZ", EXAMPLE_SIZE, other, strict=True)
+        size = [changed if name in dynamic else fixed for name, fixed, changed in chosen]
         images = torch.randn(1, len(plan.channels), *size)
         with torch.inference_mode():
-            expected = network(images)
-            without_tokens = network.decoder(network.encoder(nn.functional.pad(images, network._padding(size))))[0]
+            expected = network(images).logits
+            few_tokens = network(images, num_kept=1).logits
         (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        np.testing.assert_allclose(logits, expected.logits.numpy(), atol=1e-4)
-        x, y, z = size
-        assert (without_tokens[:, :, :x, :y, :z] - expected.logits).abs().max() > 0.01
+        np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4, rtol=0)
+        assert (few_tokens - expected).abs().amax() > 0.01, "the tokens must matter for this test to mean anything"

@@ -307,7 +307,8 @@ class ClaimsCuda(Fabric):
         return torch.device("cuda", 0)
 
 
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+# Python 3.12 warns of forks; a worker that runs under coverage warns that it measured nothing new.
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning", "ignore:Module tokenseg was previously imported")
 def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
     run = run_of(tmp_path)
     cuda = replace(run, fabric=ClaimsCuda(accelerator="cpu", devices=1))

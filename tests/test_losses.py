@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plans import make_plan
 from tokenseg.config import PRESETS, TrainConfig
-from tokenseg.losses import cell_foreground, one_hot, score_loss, segmentation_loss, training_loss
+from tokenseg.losses import cell_foreground, coarse_targets, one_hot, score_loss, segmentation_loss, training_loss
 from tokenseg.model.importance import Importance
 from tokenseg.model.network import TokenRecord, TokenSeg, TokenSegOutput
 
@@ -105,16 +105,16 @@ def test_segmentation_loss_is_in_full_precision() -> None:
 
 
 def test_deep_supervision_averages_targets_and_levels() -> None:
-    """A mixed 2 x 2 x 2 block is a target of 1/2: by hand for undecided logits at two coarser levels."""
-    labels = torch.zeros(1, 1, 4, 4, 4, dtype=torch.long)
-    labels[:, :, :1] = 1  # a quarter; blocks of 2 are half full or empty
+    """A mixed 4 x 4 x 4 block is a target of 1/2: by hand for undecided logits at two coarser levels."""
+    labels = torch.zeros(1, 1, 8, 8, 8, dtype=torch.long)
+    labels[:, :, :2] = 1  # a quarter; blocks of 4 are half full or empty
     output = TokenSegOutput(
-        torch.zeros(1, 2, 4, 4, 4),
+        torch.zeros(1, 2, 8, 8, 8),
         (torch.zeros(1, 2, 2, 2, 2), 20 * torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1, 1)),
         None,
     )
     config = TrainConfig(deep_supervision_weight=0.5)
-    parts = training_loss(output, labels, regions=False, config=config)
+    parts = training_loss(output, labels, plan=make_plan(), config=config)
     undecided = 1 - 2 * (0.5 * 2) / (4 + 2) + LN2
     # One voxel with a target of 1/4, and a prediction of nothing.
     nothing = 1 - 1e-5 / (0.25 + 1e-5) + 0.25 * 40
@@ -125,12 +125,20 @@ def test_deep_supervision_averages_targets_and_levels() -> None:
     assert parts.score == 0
 
 
+def test_coarse_targets_stay_in_place_where_the_window_is_no_multiple_of_the_stride() -> None:
+    targets = torch.zeros(1, 1, 6, 4, 2)
+    targets[:, :, 4:] = 1
+    coarse = coarse_targets(targets, torch.zeros(1, 1, 2, 1, 2), (4, 4, 2))
+    # Of the second voxel along x half lies in the window, full; of the second along z nothing does.
+    torch.testing.assert_close(coarse[0, 0, :, 0], torch.tensor([[0.0, 0.0], [0.5, 0.0]]))
+
+
 def test_total_is_the_weighted_sum() -> None:
     torch.manual_seed(0)
     output = TokenSeg(PRESETS["tiny"], make_plan(1, 2)).train()(torch.randn(1, 1, 32, 32, 32))
     labels = torch.randint(0, 3, (1, 1, 32, 32, 32))
     config = TrainConfig(deep_supervision_weight=0.3, commitment_weight=0.7, score_weight=0.2)
-    parts = training_loss(output, labels, regions=False, config=config)
+    parts = training_loss(output, labels, plan=make_plan(), config=config)
     assert all(part > 0 for part in parts)
     expected = parts.segmentation + 0.3 * parts.deep + 0.7 * parts.commitment + 0.2 * parts.score
     torch.testing.assert_close(parts.total, expected)
@@ -140,7 +148,9 @@ def test_total_is_the_weighted_sum() -> None:
 
 def test_evaluation_mode_has_no_deep_loss() -> None:
     output = TokenSeg(PRESETS["tiny"], make_plan()).eval()(torch.randn(1, 1, 32, 32, 32))
-    parts = training_loss(output, torch.ones(1, 1, 32, 32, 32, dtype=torch.long), regions=False, config=TrainConfig())
+    parts = training_loss(
+        output, torch.ones(1, 1, 32, 32, 32, dtype=torch.long), plan=make_plan(), config=TrainConfig()
+    )
     assert parts.deep == 0
 
 
@@ -149,7 +159,7 @@ def test_any_region_counts_as_foreground_of_a_cell() -> None:
     output = TokenSeg(PRESETS["tiny"], make_plan(1, 2, regions=True)).train()(torch.randn(1, 1, 32, 32, 32))
     labels = torch.zeros(1, 2, 32, 32, 32, dtype=torch.long)
     labels[:, 1, 10:20] = 1
-    parts = training_loss(output, labels, regions=True, config=TrainConfig())
+    parts = training_loss(output, labels, plan=make_plan(1, 2, regions=True), config=TrainConfig())
     assert output.tokens is not None
     torch.testing.assert_close(parts.score, score_loss(output.tokens, labels[:, 1] > 0))
 

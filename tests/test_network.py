@@ -115,7 +115,7 @@ def test_gradients_reach_every_parameter_after_one_step() -> None:
         images, labels = torch.randn(2, 1, 32, 32, 32), torch.randint(0, 2, (2, 1, 32, 32, 32))
         for _ in range(2):
             optimiser.zero_grad()
-            training_loss(network(images), labels, regions=False, config=TrainConfig()).total.backward()
+            training_loss(network(images), labels, plan=make_plan(), config=TrainConfig()).total.backward()
             optimiser.step()
         idle = {
             name
@@ -217,7 +217,7 @@ def test_constant_input_gives_finite_logits_and_gradients(value: float, size: Tr
     network = make_network(active=True).train()
     output = network(torch.full((1, 1, *size), value))
     assert output.logits.isfinite().all()
-    loss = training_loss(output, torch.zeros(1, 1, *size, dtype=torch.long), regions=False, config=TrainConfig())
+    loss = training_loss(output, torch.zeros(1, 1, *size, dtype=torch.long), plan=make_plan(), config=TrainConfig())
     loss.total.backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
 
@@ -238,7 +238,7 @@ def test_bfloat16_training_step_has_finite_gradients() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = network(torch.randn(1, 1, 32, 32, 32))
     labels = torch.randint(0, 2, (1, 1, 32, 32, 32))
-    training_loss(output, labels, regions=False, config=TrainConfig()).total.backward()
+    training_loss(output, labels, plan=make_plan(), config=TrainConfig()).total.backward()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
 
 
@@ -261,7 +261,7 @@ def test_a_few_steps_learn_a_bright_ball() -> None:
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for _ in range(40):
         optimiser.zero_grad()
-        training_loss(network(images), ball, regions=False, config=TrainConfig()).total.backward()
+        training_loss(network(images), ball, plan=make_plan(), config=TrainConfig()).total.backward()
         optimiser.step()
     predicted = network.eval()(images).logits.argmax(dim=1)
     dice = 2 * (predicted * ball[:, 0]).sum() / (predicted.sum() + ball.sum())

@@ -69,6 +69,6 @@ def test_loss_is_dice_plus_cross_entropy_plus_vq() -> None:
     network = TokenSeg(PRESETS["tiny"], make_plan()).train()
     output = network(torch.randn(1, 1, 32, 32, 32))
     only = TrainConfig(deep_supervision_weight=0, score_weight=0, commitment_weight=0.25)
-    loss = training_loss(output, torch.randint(0, 2, (1, 1, 32, 32, 32)), regions=False, config=only)
+    loss = training_loss(output, torch.randint(0, 2, (1, 1, 32, 32, 32)), plan=make_plan(), config=only)
     assert loss.commitment > 0
     torch.testing.assert_close(loss.total, loss.segmentation + 0.25 * loss.commitment)

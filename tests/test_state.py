@@ -34,7 +34,7 @@ def run_steps(network: nn.Module, optimizer: AdamW, steps: range) -> list[float]
         images = torch.randn(2, 1, 16, 16, 16, generator=generator)
         labels = (images > 0.5).to(torch.uint8)
         optimizer.zero_grad()
-        loss = training_loss(network(images), labels, regions=False, config=CONFIG).total
+        loss = training_loss(network(images), labels, plan=make_plan(), config=CONFIG).total
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -115,6 +116,14 @@ class Plan(Settings):
         """Source channels that `channels` mentions, each once, in order of first use."""
         names = (part.strip() for channel in self.channels for part in channel.split(" - "))
         return tuple(dict.fromkeys(names))
+
+    @property
+    def total_strides(self) -> tuple[tuple[int, int, int], ...]:
+        """Down-sampling of each level against full resolution."""
+        steps = accumulate(
+            self.strides, lambda total, step: (total[0] * step[0], total[1] * step[1], total[2] * step[2])
+        )
+        return tuple(steps)
 
     @property
     def num_outputs(self) -> int:

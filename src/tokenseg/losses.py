@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from tokenseg.config import TrainConfig
+from tokenseg.config import Plan, TrainConfig
 from tokenseg.model.network import TokenRecord, TokenSegOutput
 from tokenseg.shapes import Logits
 
@@ -35,20 +35,24 @@ class LossParts(NamedTuple):
 
 
 def training_loss(
-    output: TokenSegOutput, labels: Integer[Tensor, "B R X Y Z"], *, regions: bool, config: TrainConfig
+    output: TokenSegOutput, labels: Integer[Tensor, "B R X Y Z"], *, plan: Plan, config: TrainConfig
 ) -> LossParts:
     """Join all objectives.
 
     Args:
         output: Of a forward pass in training mode.
         labels: R = 1 with label indices 0..n, or one 0/1 map a region.
-        regions: Whether outputs may overlap (sigmoid) or exclude each other (softmax).
+        plan: Says whether outputs may overlap (sigmoid) or exclude each other (softmax), and the strides.
         config: Weights of the parts.
     """
+    regions = plan.regions
     targets = one_hot(labels, output.logits.shape[1], regions=regions)
     segmentation = segmentation_loss(output.logits, targets, regions=regions)
     zero = segmentation.new_zeros(())
-    deep = [segmentation_loss(logits, _averaged(targets, logits), regions=regions) for logits in output.deep_logits]
+    deep = [
+        segmentation_loss(logits, coarse_targets(targets, logits, stride), regions=regions)
+        for logits, stride in zip(output.deep_logits, plan.total_strides[1:3], strict=False)
+    ]
     deep_mean = torch.stack(deep).mean() if deep else zero
     commitment = output.tokens.commitment_loss if output.tokens is not None else zero
     score = score_loss(output.tokens, labels.amax(dim=1) > 0) if output.tokens is not None else zero
@@ -68,10 +72,14 @@ def one_hot(labels: Integer[Tensor, "B R X Y Z"], num_outputs: int, *, regions: 
     return nn.functional.one_hot(labels[:, 0].long(), num_outputs).movedim(-1, 1).float()
 
 
-def _averaged(targets: Targets, logits: Float[Tensor, "B L x y z"]) -> Float[Tensor, "B L x y z"]:
-    """Fractions of each label in the voxels of a coarser map."""
-    x, y, z = logits.shape[2:]
-    return nn.functional.adaptive_avg_pool3d(targets, (x, y, z))
+def coarse_targets(
+    targets: Targets, logits: Float[Tensor, "B L x y z"], stride: tuple[int, int, int]
+) -> Float[Tensor, "B L x y z"]:
+    """Fractions of each label in the voxels of a coarser map; voxels beyond the window count as nothing at all."""
+    coarse = zip(logits.shape[2:], stride, targets.shape[2:], strict=True)
+    missing = [size * factor - length for size, factor, length in coarse]
+    padding = [side for amount in reversed(missing) for side in (0, amount)]
+    return nn.functional.avg_pool3d(nn.functional.pad(targets, padding), stride)
 
 
 def segmentation_loss(logits: Logits, targets: Targets, *, regions: bool) -> Float[Tensor, ""]:

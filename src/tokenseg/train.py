@@ -7,6 +7,7 @@ RUN/
   splits.json        the folds
   cache/             prepared cases; may be deleted
   log.csv            one row a step
+  tensorboard/       the same as curves, where the extra `tensorboard` is installed
   state.safetensors  what a resumed run starts from
   model/             all that `tokenseg segment` needs
   validation/        masks of the fold's validation cases, scores.json, scores.csv
@@ -206,7 +207,8 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
         split = _choose_split([Split(tuple(fold["train"]), tuple(fold["val"])) for fold in splits], options.fold)
         total_steps = facts["total_steps"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"run folder {run_path} cannot be resumed: {error!r}; start again in a new folder") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"run folder {run_path} cannot be resumed: {reason}; start again in a new folder") from error
     dataset = open_dataset(dataset_path)
     absent = sorted({*split.train, *split.val} - {case.case_id for case in dataset.cases})
     if absent:

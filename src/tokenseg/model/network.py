@@ -62,7 +62,8 @@ class TokenSeg(nn.Module):
 
     def __init__(self, config: NetworkConfig, plan: Plan) -> None:
         super().__init__()
-        self.num_kept, self.grid, self.strides = config.num_kept, plan.grid, plan.strides
+        self.num_kept, self.grid = config.num_kept, plan.grid
+        self.stem_stride, self.total_strides = plan.strides[0], plan.total_strides
         self.encoder = HierarchicalEncoder(len(plan.channels), config.widths, config.blocks, plan.strides)
         self.tokenizer = Tokenizer(config, plan) if config.tokens else None
         self.decoder = SparseToDenseDecoder(config.widths, plan.strides, plan.num_outputs)
@@ -94,22 +95,15 @@ class TokenSeg(nn.Module):
         """
         padding = []
         for axis in (2, 1, 0):
-            first = self.strides[0][axis]
-            total = self._total_strides()[-1][axis]
+            first = self.stem_stride[axis]
+            total = self.total_strides[-1][axis]
             least = max(size[axis], total + first)
             padding += [0, (least + first - 1) // first * first - size[axis]]
         return padding
 
-    def _total_strides(self) -> list[tuple[int, int, int]]:
-        totals, current = [], (1, 1, 1)
-        for stride in self.strides:
-            current = (current[0] * stride[0], current[1] * stride[1], current[2] * stride[2])
-            totals.append(current)
-        return totals
-
     def _boxes(self, pyramid: Pyramid, size: tuple[int, int, int]) -> Int[Tensor, "N 2 3"]:
         sizes = [(f.shape[2], f.shape[3], f.shape[4]) for f in pyramid]
-        return cell_boxes_vox(sizes, self._total_strides(), self.grid, size)
+        return cell_boxes_vox(sizes, list(self.total_strides), self.grid, size)
 
 
 class Tokenizer(nn.Module):

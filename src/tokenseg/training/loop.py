@@ -26,6 +26,7 @@ from tokenseg.model.network import TokenSeg
 from tokenseg.progress import Progress
 from tokenseg.segment import predict_logits
 from tokenseg.training.batches import Batch, TrainingBatches
+from tokenseg.training.board import open_board, write_row
 from tokenseg.training.cache import PreparedCase
 from tokenseg.training.journal import Journal
 from tokenseg.training.state import SavedStep, load_state, save_state
@@ -93,12 +94,15 @@ class _Keeper:
     def __init__(self, run: Fit, network: nn.Module, optimizer: Optimizer, first_step: int) -> None:
         self._run, self._network, self._optimizer = run, network, optimizer
         self._journal = Journal(run.folder / LOG_NAME, first_step) if run.fabric.is_global_zero else None
+        self._board = open_board(run.folder / "tensorboard", first_step) if run.fabric.is_global_zero else None
         self._last_save = time.monotonic()
 
     def keep(self, row: dict[str, float | int | str], saved: SavedStep, *, weights: bool) -> None:
         """Log a step; save the state when it is due, and with the weights."""
         if self._journal is not None:
             self._journal.write(row)
+        if self._board is not None:
+            write_row(self._board, row)
         if weights or time.monotonic() - self._last_save > SAVE_SECONDS:
             self.save(saved, weights=weights)
 
@@ -114,6 +118,8 @@ class _Keeper:
         """Close the log."""
         if self._journal is not None:
             self._journal.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) -> LossParts:
@@ -125,7 +131,7 @@ def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) 
     batch = run.fabric.to_device(batch)
     # The forward pass moves the codebook, which is in the buffers.
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    parts = training_loss(module(batch.images), batch.labels, regions=run.plan.regions, config=run.config)
+    parts = training_loss(module(batch.images), batch.labels, plan=run.plan, config=run.config)
     optimizer.zero_grad()
     if bool(torch.isfinite(parts.total)):
         run.fabric.backward(parts.total)
