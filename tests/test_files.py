@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tokenseg.errors import FileError
-from tokenseg.files import replaced_on_success, write_atomically
+from tokenseg.files import check_writable, remove_leftovers, replaced_on_success, temporary_beside, write_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -96,3 +96,19 @@ def test_a_folder_in_place_of_the_file_stays(tmp_path: Path) -> None:
         write_atomically(path, b"x")
     assert (path / "inside").is_dir()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    stale = temporary_beside(tmp_path / "state.safetensors")
+    assert stale.name.endswith("-state.safetensors")
+    stale.write_text("half")
+    folder = temporary_beside(tmp_path / "model")
+    (folder / "below").mkdir(parents=True)
+    (tmp_path / "state.safetensors").write_text("whole")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "run", tmp_path / "new" / "run")
+    assert list((tmp_path / "new" / "run").iterdir()) == []

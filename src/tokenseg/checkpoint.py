@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import nn
 
 from tokenseg.config import NetworkConfig, Plan, Settings, parse_settings
 from tokenseg.errors import ConfigError, FileError, ModelError
-from tokenseg.files import write_atomically
+from tokenseg.files import temporary_beside, write_atomically
 from tokenseg.model.network import TokenSeg
 
 SCHEMA_VERSION = 1
@@ -75,7 +74,7 @@ def save_model(folder: Path, network: nn.Module, facts: ModelFacts) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     weights = save_tensors(tensors)
     facts = facts.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
-    fresh = folder.with_name(f".partial-{secrets.token_hex(4)}-{folder.name}")
+    fresh = temporary_beside(folder)
     try:
         fresh.mkdir(parents=True)
         write_atomically(fresh / WEIGHTS_NAME, weights)
@@ -121,7 +120,7 @@ def _exchange(fresh: Path, folder: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
         return
-    old = folder.with_name(f".old-{secrets.token_hex(4)}-{folder.name}")
+    old = folder.with_name(f".old{fresh.name}")
     folder.rename(old)
     try:
         fresh.rename(folder)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tokenseg.errors import FileError
+
+_TEMPORARY = ".partial-"
 
 
 @contextmanager
@@ -20,13 +23,13 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
     Raises:
         FileError: The folder cannot be written, or the disk is full; `path` is then as it was.
     """
-    temporary = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        _flush_folder(path.parent)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
     finally:
@@ -40,8 +43,48 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def check_writable(folder: Path, output: Path) -> None:
+    """Make the folder that `output` is or lies in, and try to write there: before hours of work, not after.
+
+    Raises:
+        FileError: It cannot be made or written.
+    """
+    probe = folder / f"{_TEMPORARY}{secrets.token_hex(4)}-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FileError(f"output {output} cannot be written: {error.strerror or error}; name another place") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders that a killed process left directly in `folder`."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A free name beside `path`, with its ending; `remove_leftovers` finds it."""
+    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+
+
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    # Windows gives no handle of a folder; its renames need none.
+    if os.name == "nt":  # pragma: no cover - windows
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

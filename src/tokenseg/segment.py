@@ -26,7 +26,7 @@ from tokenseg.data.preprocess import prepare_image, restore_logits
 from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_ending, write_mask
 from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, FileError, ModelError, TokenSegError
-from tokenseg.files import write_atomically
+from tokenseg.files import check_writable, write_atomically
 from tokenseg.progress import Progress, Silent
 from tokenseg.shapes import ImageArray, MaskArray
 
@@ -201,7 +201,7 @@ def _check_output_file(output: Path, image: Path) -> None:
         )
     if output.exists() and output.samefile(image):
         raise FileError(f"output {output} is the input image itself; name another file")
-    _check_writable(output.parent, output)
+    check_writable(output.parent, output)
 
 
 def _check_output_folder(output: Path, cases: Sequence[Case]) -> None:
@@ -216,18 +216,7 @@ def _check_output_folder(output: Path, cases: Sequence[Case]) -> None:
             f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "
             "`tokenseg segment`; name another folder, so that nothing is overwritten"
         )
-    _check_writable(output, output)
-
-
-def _check_writable(folder: Path, output: Path) -> None:
-    """Find out before hours of work, not after."""
-    probe = folder / ".tokenseg-write-test"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise FileError(f"output {output} cannot be written: {error.strerror or error}; name another place") from error
+    check_writable(output, output)
 
 
 def _average(logits: list[Float[Tensor, "L X Y Z"]], *, regions: bool) -> Float[Tensor, "L X Y Z"]:

@@ -47,7 +47,7 @@ from tokenseg.data.splits import split_folds
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.evaluate import Evaluation, evaluate_folders, write_csv, write_json
-from tokenseg.files import write_atomically
+from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.model.network import TokenSeg
 from tokenseg.progress import Progress, Silent
 from tokenseg.segment import segment_cases
@@ -156,6 +156,8 @@ def _may_resume(run_path: Path, options: TrainOptions, progress: Progress) -> bo
         raise ConfigError(
             f"run folder {run_path} holds a run already; add --resume to go on with it, or name another folder"
         )
+    check_writable(run_path, run_path)
+    remove_leftovers(run_path)
     if exists:
         progress.message(f"resuming {run_path}; settings are those it was started with")
     if options.resume and not exists:
