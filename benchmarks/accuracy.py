@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--fold", type=lambda text: text if text == "all" else int(text), default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--resume", action="store_true", help="go on with RUN, or validate it again if it is finished")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("accuracy.csv"))
     arguments = parser.parse_args()
     made: list[nn.Module] = []
@@ -57,6 +58,7 @@ def main() -> None:
         threads=arguments.threads,
         max_minutes=arguments.max_minutes,
         max_steps=arguments.max_steps,
+        resume=arguments.resume,
     )
     started = time.monotonic()
     result = train(arguments.dataset, arguments.run, options, Terminal(), make)

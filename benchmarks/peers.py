@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
@@ -12,23 +13,35 @@ from tokenseg.model.network import TokenSegOutput
 
 
 class Peer(nn.Module):
-    """A plain segmentation network: pads to multiples of 16, returns logits only."""
+    """A plain segmentation network: pads to multiples of 16, returns logits only.
 
-    def __init__(self, network: nn.Module) -> None:
+    Scans larger than the training window go through MONAI's own sliding windows. Whole, they would reach into what was
+    always padding in training, where nothing was ever supervised, and the network invents foreground there.
+    """
+
+    def __init__(self, network: nn.Module, window_vox: tuple[int, int, int]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.window_vox = network, window_vox
 
     def forward(self, images: Tensor) -> TokenSegOutput:
         """Segment a batch of any size."""
+        larger = any(size > window for size, window in zip(images.shape[2:], self.window_vox, strict=True))
+        if larger and not self.training:
+            logits = sliding_window_inference(images, self.window_vox, 1, self._padded, overlap=0.5, mode="gaussian")
+        else:
+            logits = self._padded(images)
+        return TokenSegOutput(logits, (), None)
+
+    def _padded(self, images: Tensor) -> Tensor:
         size = images.shape[2:]
         padding = [amount for length in reversed(size) for amount in (0, -length % 16)]
-        logits = self.network(nn.functional.pad(images, padding))
-        return TokenSegOutput(logits[:, :, : size[0], : size[1], : size[2]], (), None)
+        logits: Tensor = self.network(nn.functional.pad(images, padding))
+        return logits[:, :, : size[0], : size[1], : size[2]]
 
 
 def monai_unet(_: NetworkConfig, plan: Plan) -> nn.Module:
     """MONAI `UNet`, widths 32 to 512, two residual units: the customary configuration."""
-    return Peer(bare_monai_unet(len(plan.channels), plan.num_outputs))
+    return Peer(bare_monai_unet(len(plan.channels), plan.num_outputs), plan.window_vox)
 
 
 def bare_monai_unet(channels: int, outputs: int) -> nn.Module:

@@ -63,8 +63,8 @@ def accuracy_table() -> str:
 def fill(text: str) -> str:
     """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
     for name, table in (("speed", speed_table), ("accuracy", accuracy_table)):
-        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda match, table=table: match[1] + table() + match[2], text, flags=re.DOTALL)
+        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match, table=table: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
     return text
 
 

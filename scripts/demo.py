@@ -1,9 +1,7 @@
-"""The whole way in three minutes, on scans that it draws itself: train, segment, evaluate.
-
-    python scripts/demo.py [FOLDER]
+"""The whole way in five minutes, on scans that it draws itself: train, segment, evaluate.
 
 The scans are synthetic (two textured ellipsoids in noise, anisotropic voxels): they show how the commands fit together,
-and say nothing about accuracy on patients. FOLDER (default `runs/demo`) is made anew.
+and say nothing about accuracy on patients. `runs/demo` is made anew.
 """
 
 from __future__ import annotations
@@ -75,4 +73,4 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")))
+    sys.exit(main(Path("runs/demo")))

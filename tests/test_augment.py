@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from plans import make_plan
+from tokenseg.config import Label
 from tokenseg.training.augment import Augmentation, Window, build_augmentation
 
 SIZE = 24
@@ -149,3 +150,25 @@ def test_intensities_change_in_the_image_only() -> None:
     changes = {round(float((result["image"] - image).abs().max()), 3) for result in still}
     assert 0.0 in changes
     assert len(changes) > 10
+
+
+@pytest.mark.parametrize(
+    ("names", "sided"),
+    [
+        (("left", "right"), True),
+        (("Left kidney", "right_kidney"), True),
+        (("left atrium", "wall"), False),
+        (("bright", "leftover"), False),
+    ],
+)
+def test_nothing_is_flipped_where_labels_tell_left_from_right(names: tuple[str, str], sided: bool) -> None:
+    labels = tuple(Label(name=name, values=(value,), output_value=value) for value, name in enumerate(names, 1))
+    plan = make_plan(1, 2, window_vox=(8, 8, 8)).model_copy(update={"labels": labels})
+    augment = build_augmentation(plan)
+    ramp = torch.arange(8.0).reshape(1, 8, 1, 1).expand(1, 8, 8, 8)
+    window = {"image": ramp.clone(), "labels": torch.zeros(1, 8, 8, 8, dtype=torch.uint8)}
+    slopes = []
+    for seed in range(24):
+        image = augment({name: values.clone() for name, values in window.items()}, seed)["image"][0]
+        slopes.append(float(image[4:].mean() - image[:4].mean()))
+    assert (min(slopes) < 0) != sided

@@ -6,7 +6,10 @@ import errno
 import gzip
 import hashlib
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -261,7 +264,11 @@ def test_float_labels(train_refused, tmp_path):
     change_label(dataset, lambda mask: mask * np.float32(0.7))
     error = train_refused(dataset)
     assert error.startswith(f"{dataset / 'labelsTr' / 'case_001.nii.gz'}: ")
-    assert "voxel(s) hold no whole number (first: 0.7); labels must be integers: round them, or export" in error
+    assert "voxel(s) hold no whole number (first: 0.7); labels must be integers. Where rounding is right" in error
+    command = shlex.split(error[error.index("python -c") :])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    mended = nib.load(dataset / "labelsTr" / "case_001-rounded.nii.gz")
+    assert set(np.unique(np.asarray(mended.dataobj))) == {0, 1}
 
 
 def test_negative_labels(train_refused, tmp_path):

@@ -177,15 +177,16 @@ def test_evaluate_prints_counts_beside_every_mean(masks, tmp_path, capsys):
     options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
     assert main(["evaluate", *map(str, masks), *options, "--tolerance-mm", "2"]) == 0
     printed = capsys.readouterr()
-    head, row, foot = printed.out.splitlines()
+    head, row, legend, foot = printed.out.splitlines()
     assert head.split() == [
-        *("label", "Dice", "(95", "%", "interval)", "HD95", "mm", "NSD", "cases", "missed", "false", "pos.", "both"),
-        "empty",
+        *("label", "Dice", "(95", "%", "interval)", "IoU", "HD95", "mm", "NSD", "error", "ml", "lesion", "F1"),
+        *("cases", "missed", "false", "pos.", "both", "empty"),
     ]
     # One of four right; b and e are missed, c is invented, d does not count.
     assert row.split()[:2] == ["1", "0.2500"]
     assert row.split()[-4:] == ["4", "2", "1", "1"]
-    assert foot == "normalised surface Dice at 2 mm. Research software: not a medical device."
+    assert legend == "Means over cases. NSD: surface Dice at 2 mm. Lesions match one to one from IoU 0.1."
+    assert foot == "Research software: not a medical device."
     assert printed.err.splitlines() == [
         "warning: 1 reference(s) without a prediction count as missed: e",
         "warning: values that belong to no label count as background: 9",
@@ -206,12 +207,12 @@ def test_evaluate_names_the_references_it_leaves_out(masks, capsys):
     )
 
 
-def test_evaluate_shows_the_table_even_where_a_file_cannot_be_written(masks, tmp_path, capsys):
+def test_evaluate_finds_a_file_that_cannot_be_written_before_scoring(masks, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["evaluate", *map(str, masks), "--json", str(tmp_path / "file" / "scores.json")]) == 2
     printed = capsys.readouterr()
-    assert "0.2500" in printed.out
-    assert printed.err.splitlines()[-1].startswith(f"error: cannot write {tmp_path / 'file' / 'scores.json'}: ")
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: output {tmp_path / 'file' / 'scores.json'} cannot be written: ")
 
 
 def test_info_prints_the_card(model, capsys):

@@ -196,14 +196,20 @@ def test_nnunet_exclusive_labels(tmp_path: Path):
 
 def test_nnunet_regions_keep_their_order_and_output_values(tmp_path: Path):
     regions = {"whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
-    write_nnunet(tmp_path, 2, shape=SMALL, labels=regions, regions_class_order=[1, 2, 4])
+    write_nnunet(tmp_path, 2, shape=SMALL, labels=regions, regions_class_order=[1, 2, 3])
     dataset = open_dataset(tmp_path)
     assert dataset.regions
     assert [(label.name, label.values, label.output_value) for label in dataset.labels] == [
         ("whole", (1, 2, 3), 1),
         ("core", (2, 3), 2),
-        ("enhancing", (3,), 4),
+        ("enhancing", (3,), 3),
     ]
+
+
+def test_nnunet_regions_are_written_in_a_value_of_their_own(tmp_path: Path):
+    write_nnunet(tmp_path, 2, shape=SMALL, labels={"whole": [1, 2], "core": 2}, regions_class_order=[1, 3])
+    with pytest.raises(DataError, match="gives core a value that is none of its own"):
+        open_dataset(tmp_path)
 
 
 def test_nnunet_explicit_paths_expand_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -84,7 +84,7 @@ def test_the_way_of_the_docstring(tmp_path):
     volume = tokenseg.Volume(image, np.eye(4), ("c0",))
     mask = tokenseg.segment_volume(tokenseg.load_model(tmp_path / "run"), volume)
     tokenseg.write_mask(tmp_path / "mask.nii.gz", mask, volume)
-    again = tokenseg.read_volume(tmp_path / "mask.nii.gz", ("mask",))
+    again = tokenseg.read_volume(str(tmp_path / "mask.nii.gz"), ("mask",))
     np.testing.assert_array_equal(again.array[0], mask)
 
 

@@ -588,3 +588,12 @@ def test_reading_segmenting_and_listing_agree_on_a_real_case(real_data):
     assert case.case_id == scan.name.removesuffix(".nii.gz")
     with pytest.raises(TokenSegError, match="c0 is missing"):
         segment_volume(model, read_volume(scan, ("MRI",)))
+
+
+def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
+    source = write_scans(tmp_path / "in", 2)
+    toy = toy_model(nearest_level(3), toy_plan())
+    segment_files([toy], source, tmp_path / "out")
+    (source / "scan1.nii.gz").write_bytes(b"broken")
+    assert [result.mask is None for result in segment_files([toy], source, tmp_path / "out")] == [False, True]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "summary.csv"]

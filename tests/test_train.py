@@ -679,3 +679,20 @@ def test_two_processes_train_one_run(dataset: Path, config: Path, tmp_path: Path
         assert [int(row["step"]) for row in read_journal(tmp_path / name / "log.csv")] == list(range(1, steps + 1))
         assert tensors_are_finite(tmp_path / name / "model" / "weights.safetensors")
         assert load_model(tmp_path / name).facts.training["steps"] == steps
+
+
+def test_a_folder_of_the_users_is_not_made_a_run(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "notes.txt").write_text("dear to me")
+    with pytest.raises(ConfigError, match=r"holds files that are not a run's: model; name a new or empty folder"):
+        train(dataset, tmp_path / "mine", options)
+    assert (tmp_path / "mine" / "model" / "notes.txt").read_text() == "dear to me"
+
+
+def test_a_run_is_scored_by_the_labels_of_its_plan(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    labels = '[[plan.labels]]\nname = "merged"\nvalues = [1, 2]\noutput_value = 1\n'
+    assert options.config is not None
+    (tmp_path / "config.toml").write_text(options.config.read_text() + labels)
+    merged = replace(options, config=tmp_path / "config.toml")
+    evaluation = train(dataset, tmp_path / "run", merged).evaluation
+    assert [summary.label.name for summary in evaluation.summaries] == ["merged"]

@@ -119,7 +119,11 @@ class Evaluate:
     def execute(self) -> int:
         """Score, print the table, write the files asked for."""
         from tokenseg.evaluate import evaluate_folders, write_csv, write_json
+        from tokenseg.files import check_writable
 
+        for path in (self.json, self.csv):
+            if path is not None:
+                check_writable(path.parent, path)
         evaluation = evaluate_folders(self.predictions, self.references, tolerance_mm=self.tolerance_mm)
         _print_evaluation(evaluation)
         _say_not_scored(evaluation)
@@ -249,16 +253,22 @@ def _quieten() -> None:
 def _print_evaluation(evaluation: Evaluation) -> None:
     from tokenseg.data.cases import first_few
 
-    head = f"{'label':<20} {'Dice (95 % interval)':<24} {'HD95 mm':>8} {'NSD':>6}"
-    print(f"{head}  cases  missed  false pos.  both empty")
+    head = f"{'label':<20} {'Dice (95 % interval)':<24} {'IoU':>6} {'HD95 mm':>8} {'NSD':>6} {'error ml':>9}"
+    print(f"{head} {'lesion F1':>9}  cases  missed  false pos.  both empty")
     for summary in evaluation.summaries:
-        dice, hd95, nsd = (summary.intervals[name] for name in ("dice", "hd95_mm", "nsd"))
+        dice = summary.intervals["dice"]
+        names = ("iou", "hd95_mm", "nsd", "volume_error_ml", "lesion_f1")
+        iou, hd95_mm, nsd, error_ml, lesion_f1 = (summary.intervals[name].mean for name in names)
         interval = f"{dice.mean:.4f} ({dice.low:.4f} to {dice.high:.4f})"
         print(
-            f"{summary.label.name:<20} {interval:<24} {hd95.mean:>8.2f} {nsd.mean:>6.3f}  "
-            f"{summary.n:>5}  {summary.n_missed:>6}  {summary.n_false_positive:>10}  {summary.n_both_empty:>10}"
+            f"{summary.label.name:<20} {interval:<24} {iou:>6.3f} {hd95_mm:>8.2f} {nsd:>6.3f} {error_ml:>+9.3f} "
+            f"{lesion_f1:>9.3f}  {summary.n:>5}  {summary.n_missed:>6}  {summary.n_false_positive:>10}"
+            f"  {summary.n_both_empty:>10}"
         )
-    print(f"normalised surface Dice at {evaluation.tolerance_mm:g} mm. {NOTICE}")
+    print(
+        f"Means over cases. NSD: surface Dice at {evaluation.tolerance_mm:g} mm. Lesions match one to one from IoU 0.1."
+    )
+    print(NOTICE)
     if evaluation.missing_predictions:
         missing = evaluation.missing_predictions
         _say(f"warning: {len(missing)} reference(s) without a prediction count as missed: {first_few(missing)}")
@@ -280,7 +290,3 @@ def _say_not_scored(evaluation: Evaluation) -> None:
             f"note: {len(left_out)} reference(s) are not scored, since the summary.csv of the predictions does not "
             f"name them: {first_few(left_out)}"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -106,9 +106,19 @@ class Plan(Settings):
         for name in self.needed_channels:
             if name not in self.source_channels:
                 raise ValueError(f"channels names {name!r}, source_channels has {', '.join(self.source_channels)}")
-        values = [label.output_value for label in self.labels]
-        if len(set(values)) != len(values):
-            raise ValueError(f"labels share an output_value: {values}")
+        for what, values in (
+            ("an output_value", [label.output_value for label in self.labels]),
+            ("a name", [label.name for label in self.labels]),
+            ("a value", [] if self.regions else [value for label in self.labels for value in label.values]),
+        ):
+            if len(set(values)) != len(values):
+                raise ValueError(f"labels share {what}: {values}; each needs its own")
+        for label in self.labels:
+            if 0 in label.values or label.output_value not in label.values:
+                raise ValueError(
+                    f"label {label.name!r} has values {label.values} and output_value {label.output_value}: "
+                    "0 is background, and the output_value must be one of the values"
+                )
         return self
 
     @property
@@ -203,7 +213,7 @@ class TrainOptions:
     fold: int | Literal["all"] = 0
     """Which of the folds validates, the others train; `all` trains on every case and validates on the same."""
     max_minutes: float | None = None
-    """Time for training; the number of steps follows from a timed warm-up and is saved with the run."""
+    """Time for the training steps; their number follows from a timed warm-up and is saved. Validation comes on top."""
     max_steps: int | None = None
     """Number of training steps; without this and --max-minutes the plan says."""
     config: Path | None = None

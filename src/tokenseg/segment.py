@@ -23,10 +23,10 @@ from tokenseg.config import Label, Plan
 from tokenseg.data.cases import Case, first_few
 from tokenseg.data.inputs import list_inputs, read_input
 from tokenseg.data.preprocess import prepare_image, restore_logits
-from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_ending, write_mask
+from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_ending, image_stem, write_mask
 from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, FileError, ModelError, TokenSegError
-from tokenseg.files import check_writable, write_atomically
+from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.progress import Progress, Silent
 from tokenseg.shapes import ImageArray, MaskArray
 
@@ -125,10 +125,15 @@ def segment_cases(models: Sequence[Model], cases: Sequence[Case], folder: Path, 
     """Segment cases into `folder`: `CASE` with the input's ending, and `summary.csv` kept up to date."""
     # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
     results = [CaseResult(case.case_id, None, {}, "not segmented yet") for case in cases]
+    remove_leftovers(folder)
     write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
     progress.stage("segmenting", len(cases))
     for number, case in enumerate(cases):
-        results[number] = _segment_case(models, case, folder / _mask_name(case))
+        target = folder / _mask_name(case)
+        results[number] = _segment_case(models, case, target)
+        if results[number].mask is None:
+            # A mask of an earlier call would pass for a result of this one.
+            target.unlink(missing_ok=True)
         write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
         progress.advance(case.case_id)
     return results
@@ -210,13 +215,23 @@ def _check_output_folder(output: Path, cases: Sequence[Case]) -> None:
     # Whoever names the folder of the images, or of reference masks, would lose them.
     existing = [path for path in (output / _mask_name(case) for case in cases) if path.exists()]
     images = {path.resolve() for case in cases for path in case.images}
-    foreign = [path for path in existing if path.resolve() in images or not (output / SUMMARY_NAME).is_file()]
+    ours = _cases_in_summary(output)
+    foreign = [path for path in existing if path.resolve() in images or image_stem(path) not in ours]
     if foreign:
         raise FileError(
             f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "
             "`tokenseg segment`; name another folder, so that nothing is overwritten"
         )
     check_writable(output, output)
+
+
+def _cases_in_summary(folder: Path) -> set[str]:
+    """Cases that an earlier call wrote here; none where the summary is absent or not ours."""
+    try:
+        with (folder / SUMMARY_NAME).open(newline="", encoding="utf-8") as file:
+            return {row["case"] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError):
+        return set()
 
 
 def _average(logits: list[Float[Tensor, "L X Y Z"]], *, regions: bool) -> Float[Tensor, "L X Y Z"]:

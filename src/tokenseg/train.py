@@ -10,7 +10,7 @@ RUN/
   tensorboard/       the same as curves, where the extra `tensorboard` is installed
   state.safetensors  what a resumed run starts from
   model/             all that `tokenseg segment` needs
-  validation/        masks of the fold's validation cases, scores.json, scores.csv
+  validation/        masks of the fold's validation cases, summary.csv, scores.json, scores.csv
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tokenseg.segment import segment_cases
 from tokenseg.training.augment import build_augmentation
 from tokenseg.training.batches import TrainingBatches
 from tokenseg.training.cache import prepare_cases
-from tokenseg.training.loop import LOG_NAME, STATE_NAME, Fit, fit, measure_step_seconds
+from tokenseg.training.loop import STATE_NAME, Fit, fit, measure_step_seconds
 
 MakeNetwork = Callable[[NetworkConfig, Plan], nn.Module]
 
@@ -156,13 +156,25 @@ def _may_resume(run_path: Path, options: TrainOptions, progress: Progress) -> bo
         raise ConfigError(
             f"run folder {run_path} holds a run already; add --resume to go on with it, or name another folder"
         )
-    check_writable(run_path, run_path)
+    if not exists:
+        _refuse_foreign(run_path)
     remove_leftovers(run_path)
     if exists:
         progress.message(f"resuming {run_path}; settings are those it was started with")
     if options.resume and not exists:
         progress.message(f"nothing to resume in {run_path}; starting a new run")
     return exists
+
+
+def _refuse_foreign(run_path: Path) -> None:
+    """A new run may start where an earlier one died early, but not in a folder of the user's."""
+    early = {"config.toml", "fingerprint.json", "splits.json", "cache"}
+    names = {path.name for path in run_path.iterdir()} if run_path.is_dir() else set()
+    foreign = sorted(name for name in names - early if not name.startswith("."))
+    if foreign:
+        raise ConfigError(
+            f"run folder {run_path} holds files that are not a run's: {first_few(foreign)}; name a new or empty folder"
+        )
 
 
 def _new_setup(dataset_path: Path, run_path: Path, options: TrainOptions, progress: Progress) -> _Setup:
@@ -173,6 +185,7 @@ def _new_setup(dataset_path: Path, run_path: Path, options: TrainOptions, progre
     split = _choose_split(splits, options.fold)
     if options.fold == "all":
         progress.message("note: --fold all: the validation cases are the training cases; their scores flatter")
+    check_writable(run_path, run_path)
     fingerprint = _fingerprint(dataset, run_path, progress)
     config = build_run_config(make_plan(dataset, fingerprint), PRESETS[options.preset], overrides)
     for field, reason in config.plan.reasons.items():
@@ -290,10 +303,7 @@ def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -
     held_out = set(setup.split.val)
     folder = run_path / "validation"
     segment_cases([model], [case for case in setup.dataset.cases if case.case_id in held_out], folder, progress)
-    evaluation = evaluate_folders(folder, setup.dataset.root)
+    evaluation = evaluate_folders(folder, setup.dataset.root, labels=setup.config.plan.labels)
     write_json(folder / "scores.json", evaluation)
     write_csv(folder / "scores.csv", evaluation)
     return evaluation
-
-
-__all__ = ["LOG_NAME", "STATE_NAME", "TrainResult", "train"]

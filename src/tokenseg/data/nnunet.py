@@ -178,6 +178,12 @@ def _region_labels(manifest: _NnunetManifest, source: Path) -> tuple[Label, ...]
             f"{source}, key regions_class_order, is {list(order)} for the regions {', '.join(regions)}; "
             "it must give each region, in their order, its own positive value for the written masks"
         )
+    strange = [name for (name, values), output in zip(regions.items(), order, strict=True) if output not in values]
+    if strange:
+        raise DataError(
+            f"{source}, key regions_class_order, gives {', '.join(strange)} a value that is none of its own; "
+            "written masks are read back by the values of the regions, so each needs one of its own"
+        )
     return tuple(
         Label(name=name, values=values, output_value=output)
         for (name, values), output in zip(regions.items(), order, strict=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tokenseg.config import NUM_LEVELS, ChannelNormalisation, Plan, Spacing3, Stride3, Vox3
+from tokenseg.config import NUM_LEVELS, ChannelNormalisation, Plan, Spacing3, Stride3, Vox3, parse_settings
 from tokenseg.data.cases import Dataset
 from tokenseg.data.fingerprint import Fingerprint
 
@@ -40,6 +40,9 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint) -> Plan:
         dataset: The dataset.
         fingerprint: Its numbers, from `take_fingerprint`.
 
+    Raises:
+        ConfigError: The dataset's labels or channels contradict each other (two labels of one name, say).
+
     Returns:
         A plan whose window fits 900 000 voxels and whose one-pass limit fits 4 000 000.
     """
@@ -51,33 +54,24 @@ def make_plan(dataset: Dataset, fingerprint: Fingerprint) -> Plan:
     grid, grid_rule = _plan_grid(window, spacing)
     batch, steps, effort_rules = _plan_effort(window)
     normalisation, normalisation_rule = _plan_normalisation(dataset, fingerprint)
-    return Plan(
-        channels=dataset.channels,
-        source_channels=dataset.source_channels,
-        joint_zscore=dataset.joint_zscore,
-        normalisation=normalisation,
-        labels=dataset.labels,
-        regions=dataset.regions,
-        spacing_mm=spacing,
-        window_vox=window,
-        whole_limit_vox=whole,
-        strides=strides,
-        grid=grid,
-        batch_size=batch,
-        steps=steps,
-        reasons=dict(
-            [
-                *_dataset_rules(dataset, fingerprint),
-                normalisation_rule,
-                spacing_rule,
-                window_rule,
-                strides_rule,
-                whole_rule,
-                grid_rule,
-                *effort_rules,
-            ]
-        ),
-    )
+    rules = [normalisation_rule, spacing_rule, window_rule, strides_rule, whole_rule, grid_rule, *effort_rules]
+    values = {
+        "channels": dataset.channels,
+        "source_channels": dataset.source_channels,
+        "joint_zscore": dataset.joint_zscore,
+        "normalisation": normalisation,
+        "labels": dataset.labels,
+        "regions": dataset.regions,
+        "spacing_mm": spacing,
+        "window_vox": window,
+        "whole_limit_vox": whole,
+        "strides": strides,
+        "grid": grid,
+        "batch_size": batch,
+        "steps": steps,
+        "reasons": dict([*_dataset_rules(dataset, fingerprint), *rules]),
+    }
+    return parse_settings(Plan, values, source=f"the plan of dataset {dataset.root}")
 
 
 def _dataset_rules(dataset: Dataset, fingerprint: Fingerprint) -> list[_Rule]:

@@ -121,7 +121,7 @@ def image_stem(path: Path) -> str:
     return path.name.removesuffix(image_ending(path))
 
 
-def read_volume(path: Path, channels: tuple[str, ...]) -> Volume:
+def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
     """Read one file: 3D for one channel, or 4D with the channels on the last axis in the order of `channels`.
 
     Trailing axes of length one are dropped, and the header's scale slope and intercept are applied.
@@ -131,6 +131,7 @@ def read_volume(path: Path, channels: tuple[str, ...]) -> Volume:
         DataError: It has another number of channels or axes, is not of real numbers, or holds NaN or infinite voxels.
         GeometryError: Its spacing, affine or unit is not usable.
     """
+    path = Path(path)
     image_ending(path)
     header, values = read_values(path)
     array = values[..., np.newaxis] if values.ndim == 3 else values
@@ -185,9 +186,17 @@ def read_mask(path: Path) -> Mask:
         if fractional.any():
             raise DataError(
                 f"{path}: {fractional.sum()} voxel(s) hold no whole number (first: {values[fractional][0]:g}); "
-                "labels must be integers: round them, or export the mask with an integer type"
+                f"labels must be integers. Where rounding is right, this makes a copy: {_rounding_command(path)}"
             )
     return Mask(_smallest_integers(values, str(path)), header.affine)
+
+
+def _rounding_command(path: Path) -> str:
+    copy = path.with_name(f"{image_stem(path)}-rounded{image_ending(path)}")
+    return (
+        'python -c "import nibabel as n, numpy as np; '
+        f"i = n.load('{path}'); n.save(n.Nifti1Image(np.rint(i.get_fdata()).astype('int16'), i.affine), '{copy}')\""
+    )
 
 
 def read_grid(path: Path) -> Grid:
@@ -238,7 +247,7 @@ def check_same_grid(first: Volume | Mask, second: Volume | Mask, what: tuple[str
         raise GeometryError(f"{both}: they differ in {'; in '.join(faults)}. Resample one to the grid of the other")
 
 
-def write_mask(path: Path, mask: MaskArray, like: Volume) -> None:
+def write_mask(path: Path | str, mask: MaskArray, like: Volume) -> None:
     """Write a label map onto the grid of a scan, all or nothing.
 
     Both affines of the scan's header (qform and sform) with their codes, and the units, are kept bit for bit; a
@@ -250,6 +259,7 @@ def write_mask(path: Path, mask: MaskArray, like: Volume) -> None:
         DataError: A value does not fit int32.
         GeometryError: The mask has another shape than the scan.
     """
+    path = Path(path)
     image_ending(path)
     if mask.shape != like.array.shape[1:]:
         raise GeometryError(

@@ -58,7 +58,7 @@ class CandidateTokens(nn.Module):
         self.norm = nn.LayerNorm(token_width)
 
     def pool(self, pyramid: Pyramid) -> list[Float[Tensor, "B n _"]]:
-        """Cell averages of each level, (B, 100, W), in full precision."""
+        """Cell averages of each level, (B, 100, W), as float32."""
         return [pool_cells(features, self.grid).flatten(1, 3).float() for features in pyramid]
 
     def forward(self, pooled: list[Float[Tensor, "B n _"]]) -> Tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -29,8 +30,8 @@ def build_augmentation(plan: Plan) -> Augmentation:
 
     Rotation and scaling, left-right flip, noise, blur, brightness, contrast, coarser resolution; magnitudes as
     customary in the field. Only left-right is flipped: along the other axes anatomy is not symmetric, and labels such
-    as anterior and posterior would swap their meaning. Rotation out of the plane is left out where slices
-    are thick, or few: the window would be turned out of the image.
+    as anterior and posterior would swap their meaning. Where labels are named both left and right, nothing is flipped.
+    Rotation out of the plane is left out where slices are thick, or few: the window would be turned out of the image.
     """
     both, image = ["image", "labels"], ["image"]
     transforms = Compose(
@@ -43,7 +44,7 @@ def build_augmentation(plan: Plan) -> Augmentation:
                 mode=["bilinear", "nearest"],
                 padding_mode="zeros",
             ),
-            RandFlipd(both, prob=0.5, spatial_axis=0),
+            RandFlipd(both, prob=0.0 if _is_sided(plan) else 0.5, spatial_axis=0),
             RandGaussianNoised(image, prob=0.15, std=0.3),
             RandGaussianSmoothd(image, prob=0.15, sigma_x=(0.5, 1.0), sigma_y=(0.5, 1.0), sigma_z=(0.5, 1.0)),
             RandScaleIntensityd(image, prob=0.2, factors=0.25),
@@ -61,6 +62,12 @@ def build_augmentation(plan: Plan) -> Augmentation:
         }
 
     return augment
+
+
+def _is_sided(plan: Plan) -> bool:
+    """Whether labels tell left from right."""
+    words = {word for label in plan.labels for word in re.findall(r"[a-z]+", label.name.lower())}
+    return {"left", "right"} <= words
 
 
 def _plain(values: Tensor) -> Float[Tensor, "C X Y Z"] | UInt8[Tensor, "R X Y Z"]:

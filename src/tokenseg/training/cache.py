@@ -23,7 +23,7 @@ from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_case
 from tokenseg.data.preprocess import prepare_image, prepare_labels
 from tokenseg.errors import FileError, TokenSegError
-from tokenseg.files import write_atomically
+from tokenseg.files import remove_leftovers, write_atomically
 from tokenseg.progress import Progress
 
 POINTS_PER_LABEL = 2000
@@ -77,6 +77,7 @@ def _prepare(dataset: Dataset, case: Case, plan: Plan, folder: Path) -> None:
         labels = prepare_labels(loaded.mask, prepared.record, plan)
     except TokenSegError as error:
         raise type(error)(f"case {case.case_id}: {error}") from error
+    remove_leftovers(folder)
     _save(folder / "image.npy", prepared.image)
     _save(folder / "labels.npy", labels)
     _save(folder / "points.npy", _sample_points(labels, regions=plan.regions))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
 import os
 import statistics
 import time
@@ -216,8 +217,10 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
 
 
 def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
-    # Worker processes only where a GPU would wait for the CPU.
-    workers = min(4, os.cpu_count() or 1) if run.fabric.device.type == "cuda" else 0
+    # Worker processes only where a GPU would wait for the CPU, and only forked ones: these share the memory-mapped
+    # cases, others would copy them.
+    wanted = run.fabric.device.type == "cuda" and "fork" in multiprocessing.get_all_start_methods()
+    workers = min(4, os.cpu_count() or 1) if wanted else 0
     loader = DataLoader(
         run.batches,
         batch_size=None,
@@ -225,7 +228,6 @@ def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
         num_workers=workers,
         collate_fn=lambda batch: batch,
         generator=torch.Generator(),
-        # Forked workers share the memory-mapped cases; other ways of starting them would copy these.
         multiprocessing_context="fork" if workers else None,
     )
     return enumerate(loader, start=first)
