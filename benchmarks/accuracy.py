@@ -13,7 +13,6 @@ import csv
 import datetime
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,12 +21,14 @@ from torch import nn
 
 from tokenseg.cli import Terminal
 from tokenseg.config import NetworkConfig, Plan, TrainOptions
+from tokenseg.device import bfloat16_helps
 from tokenseg.model.network import TokenSeg
 from tokenseg.train import TrainResult, train
+from tokenseg.training.journal import read_journal
 
 COLUMNS = (
     *("date", "commit", "dataset", "network", "fold", "seed", "steps", "budget", "threads", "precision"),
-    *("parameters_m", "label", "n", "n_missed", "dice", "dice_low", "dice_high", "hd95_mm", "nsd_1mm", "wall_s"),
+    *("parameters_m", "label", "n", "n_missed", "dice", "dice_low", "dice_high", "hd95_mm", "nsd_1mm", "train_s"),
 )
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--fold", type=lambda text: text if text == "all" else int(text), default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on with RUN, or validate it again if it is finished")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("accuracy.csv"))
     arguments = parser.parse_args()
@@ -58,11 +60,11 @@ def main() -> None:
         threads=arguments.threads,
         max_minutes=arguments.max_minutes,
         max_steps=arguments.max_steps,
+        config=arguments.config,
         resume=arguments.resume,
     )
-    started = time.monotonic()
     result = train(arguments.dataset, arguments.run, options, Terminal(), make)
-    _append(arguments, made[0], result, time.monotonic() - started)
+    _append(arguments, made[0], result)
 
 
 def _make(name: str, config: NetworkConfig, plan: Plan) -> nn.Module:
@@ -71,7 +73,7 @@ def _make(name: str, config: NetworkConfig, plan: Plan) -> nn.Module:
     return TokenSeg(config.model_copy(update={"tokens": name == "tokenseg"}), plan)
 
 
-def _append(arguments: argparse.Namespace, network: nn.Module, result: TrainResult, wall_s: float) -> None:
+def _append(arguments: argparse.Namespace, network: nn.Module, result: TrainResult) -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     minutes = arguments.max_minutes
     shared = {
@@ -84,9 +86,9 @@ def _append(arguments: argparse.Namespace, network: nn.Module, result: TrainResu
         "steps": result.steps,
         "budget": f"{minutes:g} minutes" if minutes else f"{result.steps} steps",
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if torch.cpu._is_amx_tile_supported() else "fp32",
+        "precision": "bf16" if bfloat16_helps(torch.device("cpu")) else "fp32",
         "parameters_m": f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.2f}",
-        "wall_s": f"{wall_s:.0f}",
+        "train_s": f"{sum(float(row['seconds']) for row in read_journal(result.run / 'log.csv')):.0f}",
     }
     new = not arguments.csv.exists()
     with arguments.csv.open("a", newline="") as file:

@@ -109,6 +109,8 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
-def test_a_writable_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "run", tmp_path / "new" / "run")
-    assert list((tmp_path / "new" / "run").iterdir()) == []
+def test_trying_to_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "new" / "run", tmp_path / "old"):
+        check_writable(folder, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]

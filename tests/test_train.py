@@ -594,7 +594,7 @@ def nan_voxel(root: Path) -> None:
         (
             lambda root: set_mask(root, mask_of(0.5, np.float32)),
             DataError,
-            r"case_000\.nii\.gz: 343 voxel\(s\) hold no whole number \(first: 0\.5\); labels must be integers: round",
+            r"case_000\.nii\.gz: 343 voxel\(s\) hold no whole number \(first: 0\.5\); labels must be integers",
         ),
         (nan_voxel, DataError, r"case_000\.nii\.gz: 1 voxel\(s\) are NaN or infinite; replace them"),
         (lambda root: set_mask(root, mask_of(1)[:-1]), GeometryError, r"image of case_000 and label case_000\.nii\.gz"),

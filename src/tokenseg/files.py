@@ -44,16 +44,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path, output: Path) -> None:
-    """Make the folder that `output` is or lies in, and try to write there: before hours of work, not after.
+    """Try to write where `output` is to be: before hours of work, not after. Nothing is left behind.
 
     Raises:
         FileError: It cannot be made or written.
     """
     probe = folder / f"{_TEMPORARY}{secrets.token_hex(4)}-probe"
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for path in absent:
+            path.rmdir()
     except OSError as error:
         raise FileError(f"output {output} cannot be written: {error.strerror or error}; name another place") from error
 
