@@ -432,7 +432,7 @@ def test_regions_are_painted_in_order():
 
 
 def test_large_output_values_are_kept():
-    plan = make_plan((Label(name="a", values=(2,), output_value=70000),))
+    plan = make_plan((Label(name="a", values=(70000,), output_value=70000),))
     record = prepare_image(make_volume(np.arange(2.0).reshape(2, 1, 1)), plan).record
     restored = restore_labels(np.array([0, 1], np.uint8).reshape(1, 2, 1, 1), record, plan)
     assert (restored.dtype, restored.ravel().tolist()) == (np.int32, [0, 70000])

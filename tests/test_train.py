@@ -447,7 +447,7 @@ def test_other_cases_are_refused_on_resuming(dataset: Path, options: TrainOption
 
 def test_a_run_folder_that_is_a_file_is_refused(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(FileError, match=r"cannot write .*run"):
+    with pytest.raises(FileError, match=r"output .*run cannot be written"):
         train(dataset, tmp_path / "run", options)
 
 
