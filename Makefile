@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: $(READY)  ## Train, segment and evaluate on synthetic scans, in about five minutes
+demo: $(READY)  ## Train, segment and evaluate on synthetic scans, in a few minutes
 	$(BIN)/python scripts/demo.py
 
 # Three steps, since the data of all processes must be joined before the floor of 90 % (pyproject.toml) is checked.

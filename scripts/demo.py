@@ -1,4 +1,4 @@
-"""The whole way in five minutes, on scans that it draws itself: train, segment, evaluate.
+"""The whole way in a few minutes, on scans that it draws itself: train, segment, evaluate.
 
 The scans are synthetic (two textured ellipsoids in noise, anisotropic voxels): they show how the commands fit together,
 and say nothing about accuracy on patients. `runs/demo` is made anew.
@@ -37,7 +37,7 @@ def main(folder: Path) -> int:
     (dataset / "dataset.json").write_text(json.dumps({"name": "Synthetic", "tensorImageSize": "3D", **about}))
     run, masks = folder / "run", folder / "masks"
     for command in (
-        ["train", dataset, run, "--max-minutes", "2"],
+        ["train", dataset, run, "--max-steps", "200"],
         ["segment", new, masks, "--model", run],
         ["evaluate", masks, references, "--json", folder / "scores.json"],
     ):
