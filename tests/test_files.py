@@ -104,6 +104,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Pa
     stale.write_text("half")
     folder = temporary_beside(tmp_path / "model")
     (folder / "below").mkdir(parents=True)
+    (tmp_path / f".old{folder.name}").mkdir()
     (tmp_path / "state.safetensors").write_text("whole")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]

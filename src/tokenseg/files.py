@@ -63,7 +63,7 @@ def check_writable(folder: Path, output: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files and folders that a killed process left directly in `folder`."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    for path in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f".old{_TEMPORARY}*")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
