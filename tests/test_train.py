@@ -526,6 +526,35 @@ def test_an_edited_config_is_honoured_when_passed_back(dataset: Path, straight: 
     assert load_model(tmp_path / "run").facts.plan.window_vox == (12, 20, 16)
 
 
+class Collector(TokenSeg):
+    """Remembers the windows that it was trained on."""
+
+    def __init__(self, config: NetworkConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.windows: set[bytes] = set()
+
+    def forward(self, images: Tensor, num_kept: int | None = None) -> TokenSegOutput:
+        if self.training:
+            self.windows |= {image.float().numpy().tobytes() for image in images}
+        return super().forward(images, num_kept)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_without_augmentation_the_scans_are_learned_as_they_are(dataset: Path, tmp_path: Path, augment: bool) -> None:
+    config, made = tmp_path / "config.toml", []
+    config.write_text(
+        f"[plan]\nwindow_vox = {list(SHAPE)}\nbatch_size = 2\n[train]\naugment = {str(augment).lower()}\n"
+    )
+
+    def make(config: NetworkConfig, plan: Plan) -> Collector:
+        made.append(Collector(config, plan))
+        return made[0]
+
+    train(dataset, tmp_path / "run", replace(OPTIONS, config=config, max_steps=8), make_network=make)
+    # Windows of the size of the scans: the four training scans as they are, or sixteen variants of them.
+    assert (len(made[0].windows) > 4) is augment
+
+
 # Training that goes wrong
 
 

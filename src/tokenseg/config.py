@@ -194,6 +194,8 @@ class TrainConfig(Settings):
     """Weight of the importance score's cross-entropy against the cells that the surface crosses."""
     foreground_fraction: Fraction = 0.5
     """Share of the windows of a batch that are centred on a foreground voxel."""
+    augment: bool = True
+    """False trains on the windows as they are: to learn a few cases by heart, where detail must not be blurred."""
 
 
 class RunConfig(Settings):

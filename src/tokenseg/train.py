@@ -51,7 +51,7 @@ from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.model.network import TokenSeg
 from tokenseg.progress import Progress, Silent
 from tokenseg.segment import segment_cases
-from tokenseg.training.augment import build_augmentation
+from tokenseg.training.augment import build_augmentation, leave_unchanged
 from tokenseg.training.batches import TrainingBatches
 from tokenseg.training.cache import prepare_cases
 from tokenseg.training.loop import STATE_NAME, Fit, fit, measure_step_seconds
@@ -132,7 +132,7 @@ def train(
             [prepared[case_id] for case_id in setup.split.train],
             plan,
             setup.config.train.foreground_fraction,
-            build_augmentation(plan),
+            build_augmentation(plan) if setup.config.train.augment else leave_unchanged,
             (setup.options.seed, fabric.global_rank),
         ),
         validation=[prepared[case_id] for case_id in setup.split.val],

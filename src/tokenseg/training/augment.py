@@ -64,6 +64,12 @@ def build_augmentation(plan: Plan) -> Augmentation:
     return augment
 
 
+def leave_unchanged(window: Window, seed: int) -> Window:
+    """Stand in for an augmentation where `TrainConfig.augment` is False."""
+    del seed
+    return {"image": window["image"].float(), "labels": window["labels"]}
+
+
 def _is_sided(plan: Plan) -> bool:
     """Whether labels tell left from right."""
     words = {word for label in plan.labels for word in re.findall(r"[a-z]+", label.name.lower())}
