@@ -17,8 +17,8 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: $(READY)  ## Train, segment and evaluate on synthetic scans, in a few minutes
-	$(BIN)/python scripts/demo.py
+demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about ten minutes
+	$(BIN)/tokenseg demo runs/demo
 
 # Three steps, since the data of all processes must be joined before the floor of 90 % (pyproject.toml) is checked.
 test: $(READY)  ## Run the tests with branch coverage and its floor

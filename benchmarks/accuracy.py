@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 
 import torch
-from peers import PEERS
 from torch import nn
 
-from tokenseg.cli import Terminal
 from tokenseg.config import NetworkConfig, Plan, TrainOptions
 from tokenseg.device import bfloat16_helps
 from tokenseg.model.network import TokenSeg
+from tokenseg.peers import monai_unet
+from tokenseg.terminal import Terminal
 from tokenseg.train import TrainResult, train
 from tokenseg.training.journal import read_journal
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--network", choices=["tokenseg", "tokenseg-off", *PEERS], default="tokenseg")
+    parser.add_argument("--network", choices=["tokenseg", "tokenseg-off", "monai-unet"], default="tokenseg")
     parser.add_argument("--max-minutes", type=float)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--fold", type=lambda text: text if text == "all" else int(text), default=0)
@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def _make(name: str, config: NetworkConfig, plan: Plan) -> nn.Module:
-    if name in PEERS:
-        return PEERS[name](config, plan)
+    if name == "monai-unet":
+        return monai_unet(config, plan)
     return TokenSeg(config.model_copy(update={"tokens": name == "tokenseg"}), plan)
 
 

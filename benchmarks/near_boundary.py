@@ -1,5 +1,8 @@
 """Share of kept tokens near the reference boundary, over a run's validation cases, appended to a CSV.
 
+Cases without a boundary (an empty reference) are left out of the means and of `n`. A run with `--fold all` was trained
+on its validation cases; its row says so in `run`.
+
 Usage: python benchmarks/near_boundary.py DATASET RUN [--csv benchmarks/near_boundary.csv]
 """
 
@@ -13,17 +16,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from tokenseg.boundary import NearBoundary, near_boundary
+from tokenseg.boundary import NearBoundary
 from tokenseg.checkpoint import Model, load_model
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.preprocess import prepare_image, prepare_labels
-from tokenseg.segment import pad_to_window
+from tokenseg.tokens import report_tokens
 
-RADII_MM = (0.0, 2.0, 5.0)
-COLUMNS = ("date", "dataset", "run", "n", "radius_mm", "kept", "share", "base_rate", "enrichment", "ceiling")
+FIGURES = ("share", "base_rate", "enrichment", "ceiling")
+COLUMNS = ("date", "dataset", "run", "n", "radius_mm", "kept", *FIGURES)
 
 
 def main() -> None:
@@ -34,41 +35,42 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("near_boundary.csv"))
     arguments = parser.parse_args()
     model, dataset = load_model(arguments.run), open_dataset(arguments.dataset)
-    facts = json.loads((arguments.run / "run.json").read_text())
-    held_out = set(json.loads((arguments.run / "splits.json").read_text())[facts["fold"]]["val"])
-    cases = [case for case in dataset.cases if case.case_id in held_out]
-    measured = [measure(model, dataset, case) for case in cases]
+    fold, case_ids = validation_cases(arguments.run)
+    measured = [near for case in dataset.cases if case.case_id in case_ids if (near := measure(model, dataset, case))]
+    run = arguments.run.name + (" (its training cases)" if fold == "all" else "")
     new = not arguments.csv.exists()
     with arguments.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
-        for number, radius_mm in enumerate(RADII_MM):
-            means = np.mean([each[number] for each in measured], axis=0)
-            values = {name: f"{value:.4f}" for name, value in zip(NearBoundary._fields, means, strict=True)}
+        for near in zip(*measured, strict=True):
             row = {
                 "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
                 "dataset": arguments.dataset.name,
-                "run": arguments.run.name,
-                "n": len(cases),
-                "radius_mm": radius_mm,
+                "run": run,
+                "n": len(measured),
+                "radius_mm": near[0].radius_mm,
                 "kept": model.facts.network.num_kept,
             }
-            writer.writerow(row | values)
-            print(row | values)
+            # Enrichment is not defined where no cell is near.
+            row |= {name: f"{np.nanmean([getattr(each, name) for each in near]):.4f}" for name in FIGURES}
+            writer.writerow(row)
+            print(row)
 
 
-def measure(model: Model, dataset: Dataset, case: Case) -> list[NearBoundary]:
-    """Run one whole case and measure its tokens at each radius."""
+def validation_cases(run: Path) -> tuple[int | str, set[str]]:
+    """The fold of a run and the ids of its validation cases; with `all`, every case that its splits name."""
+    fold = json.loads((run / "run.json").read_text())["fold"]
+    splits = json.loads((run / "splits.json").read_text())
+    if fold == "all":
+        return fold, {case_id for split in splits for case_id in (*split["train"], *split["val"])}
+    return fold, set(splits[fold]["val"])
+
+
+def measure(model: Model, dataset: Dataset, case: Case) -> tuple[NearBoundary, ...]:
+    """Run one case and measure its tokens at each radius; nothing where the reference has no boundary."""
     loaded = load_case(dataset, case)
-    plan = model.facts.plan
-    prepared = prepare_image(loaded.volume, plan, covering=loaded.mask)
-    labels = prepare_labels(loaded.mask, prepared.record, plan)
-    image, _ = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
-    foreground, _ = pad_to_window(torch.from_numpy(labels.max(axis=0, keepdims=True)), plan.window_vox)
-    with torch.inference_mode():
-        tokens = model.network(image[None]).tokens
-    return [near_boundary(tokens, foreground[0].numpy() > 0, plan.spacing_mm, radius_mm) for radius_mm in RADII_MM]
+    return report_tokens(model, loaded.volume, case.case_id, loaded.mask).summary.near
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import bare_monai_unet
 from torch import Tensor, nn
 
 from tokenseg.config import PRESETS, ChannelNormalisation, Label, Plan
 from tokenseg.model.network import TokenSeg
+from tokenseg.peers import bare_monai_unet
 
 COLUMNS = (
     *("date", "commit", "network", "parameters_m", "precision", "size", "threads", "rounds", "median_ms", "min_ms"),

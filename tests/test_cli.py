@@ -16,8 +16,9 @@ import tokenseg.checkpoint
 import tokenseg.segment
 from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
-from tokenseg.cli import Terminal, main
+from tokenseg.cli import main
 from tokenseg.data.volume import read_mask
+from tokenseg.terminal import Terminal
 from toy_models import as_stored, labels_of, save_untrained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
@@ -57,8 +58,9 @@ def test_train_segment_evaluate_info(dataset, tmp_path, capsys):
     lines = printed.out.splitlines()
     assert lines[0].split()[0] == "label"
     assert [line.split()[0] for line in lines[1:3]] == ["outer", "inner"]
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         f"model: {run / 'model'}  (2 steps)",
+        f"report: {run / 'report.html'}",
         f"next: tokenseg segment SCAN.nii.gz MASK.nii.gz --model {run}",
     ]
     assert "Medical Segmentation Decathlon: dataset.json lists 6 training pairs" in printed.err
@@ -245,7 +247,7 @@ def test_the_script_and_the_module_are_the_same_program(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Expected one of {train, segment, evaluate, info}"),
+        ([], "Expected one of {demo, train, segment, evaluate, tokens, info, cohort}"),
         (["segmnt", "a", "b"], "Unrecognized options: segmnt"),
         (["segment", "a", "b"], "--model PATH"),
         (["segment", "a", "--model", "m"], "OUTPUT"),

@@ -23,16 +23,22 @@ FLAGS = {
         *("--help", "--preset", "--fold", "--max-minutes", "--max-steps", "--config", "--device", "--threads"),
         *("--seed", "--resume"),
     },
-    ("segment",): {"--help", "--model", "--folds", "--device", "--threads"},
-    ("evaluate",): {"--help", "--json", "--csv", "--tolerance-mm"},
+    ("demo",): {"--help"},
+    ("segment",): {"--help", "--model", "--folds", "--device", "--threads", "--report"},
+    ("evaluate",): {"--help", "--json", "--csv", "--report", "--tolerance-mm"},
+    ("tokens",): {"--help", "--model", "--reference", "--json", "--picture"},
     ("info",): {"--help"},
+    ("cohort",): {"--help", "--train", "--test", "--external", "--seed"},
 }
 
 POSITIONALS = {
+    "demo": ["OUT"],
     "train": ["DATASET", "RUN"],
     "segment": ["INPUT", "OUTPUT"],
     "evaluate": ["PREDICTIONS", "REFERENCES"],
+    "tokens": ["CASE"],
     "info": ["MODEL"],
+    "cohort": ["OUT"],
 }
 
 

@@ -26,6 +26,7 @@ from tokenseg.data.volume import (
     read_mask,
     read_volume,
     write_mask,
+    write_volume,
 )
 from tokenseg.errors import DataError, FileError, GeometryError
 
@@ -574,3 +575,33 @@ def test_real_scans_keep_their_affine(real_data, tmp_path):
         before, after = nib.load(path.parent.parent / "imagesTr" / path.name), nib.load(tmp_path / path.name)
         assert before.affine.tobytes() == after.affine.tobytes()
         np.testing.assert_array_equal(np.asarray(after.dataobj), np.asarray(nib.load(path).dataobj))
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_written_scan_reads_back_as_whole_numbers(tmp_path, name):
+    scan = Volume(noise()[np.newaxis] + np.float32(0.25), OBLIQUE, ("MR",))
+    write_volume(tmp_path / name, scan)
+    stored = nib.load(tmp_path / name)
+    assert stored.get_data_dtype() == np.int16
+    np.testing.assert_array_equal(np.asarray(stored.dataobj), np.rint(scan.array[0]))
+    np.testing.assert_allclose(stored.affine, OBLIQUE, rtol=1e-6)
+    np.testing.assert_array_equal(read_volume(tmp_path / name, ("MR",)).array, np.rint(scan.array))
+
+
+def test_a_written_scan_keeps_the_geometry_of_its_header(tmp_path):
+    scan = read_volume(save(tmp_path / "in.nii", noise().astype(np.int16)), ("MR",))
+    write_volume(tmp_path / "out.nii", scan)
+    before, after = nib.load(tmp_path / "in.nii").header, nib.load(tmp_path / "out.nii").header
+    assert all(before[field].tobytes() == after[field].tobytes() for field in GEOMETRY_FIELDS)
+
+
+def test_a_scan_that_int16_cannot_hold_is_not_written(tmp_path):
+    for high in (32768.0, -32769.0):
+        array = np.array([high, 1.0], np.float32).reshape(1, 2, 1, 1)
+        with pytest.raises(DataError, match=r"intensities from .* int16 holds -32768 to 32767: scale them first"):
+            write_volume(tmp_path / "a.nii", Volume(array, np.eye(4), ("MR",)))
+    with pytest.raises(DataError, match=r"a.nii has 2 channels; write each to a file of its own"):
+        write_volume(tmp_path / "a.nii", Volume(np.zeros((2, 1, 1, 1), np.float32), np.eye(4), ("a", "b")))
+    with pytest.raises(FileError, match="not named as an image"):
+        write_volume(tmp_path / "a.png", Volume(np.zeros((1, 1, 1, 1), np.float32), np.eye(4), ("a",)))
+    assert not list(tmp_path.iterdir())

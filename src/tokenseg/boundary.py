@@ -10,38 +10,42 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from jaxtyping import Bool, Float
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from tokenseg.errors import DataError
-from tokenseg.losses import cell_foreground
-from tokenseg.model.network import TokenRecord
 from tokenseg.shapes import BoolMask
 
 
 class NearBoundary(NamedTuple):
     """Kept tokens near a boundary; fractions 0..1."""
 
+    radius_mm: float
+    """Distance up to which a cell is near; at 0 the surface passes through it."""
     share: float
     """Of the kept tokens, those near the boundary."""
     base_rate: float
-    """Of all candidates, those near the boundary."""
+    """Of the candidates with a voxel of the scan, those near the boundary."""
     enrichment: float
     """share / base_rate; 1 is chance. NaN where nothing is near."""
     ceiling: float
-    """Highest share that K kept tokens could have: min(1, near candidates / K)."""
+    """Highest share that as many kept tokens could have: near candidates / kept, at most 1 in each pass."""
 
 
-def near_boundary(
-    tokens: TokenRecord, mask: BoolMask, spacing_mm: tuple[float, float, float], radius_mm: float
-) -> NearBoundary:
-    """Measure one volume.
+def boundary_distances_mm(
+    boxes_vox: Float[np.ndarray, "T N 2 3"], mask: BoolMask, spacing_mm: tuple[float, float, float], most_mm: float
+) -> Float[np.ndarray, "T N"]:
+    """Distance from each cell to the boundary: 0 where the surface passes through it, infinite beyond `most_mm`.
+
+    The surface is the outermost layer of foreground voxels; distances are between voxel centres.
 
     Args:
-        tokens: Record of a forward pass of one volume; only its first batch element is used.
-        mask: Foreground on the network's input grid, reference or predicted.
-        spacing_mm: Voxel spacing of that grid.
-        radius_mm: Distance up to which a cell is near; 0 asks that the surface passes through it.
+        boxes_vox: Cell corners of the N candidates of each of T passes of the network, in voxel edges of `mask`: voxel
+            i spans i to i + 1. A cell meets every voxel that it covers in part. An empty box is a cell wholly in
+            padding, infinitely far.
+        mask: Foreground, reference or predicted.
+        spacing_mm: Voxel spacing of `mask`.
+        most_mm: Largest distance of interest, at least 0.
 
     Raises:
         DataError: The mask is empty or fills the volume, so there is no boundary.
@@ -49,10 +53,61 @@ def near_boundary(
     surface = mask & ~binary_erosion(mask, border_value=1)
     if not surface.any():
         raise DataError("the mask has no boundary: it is empty or fills the whole volume")
-    within = distance_transform_edt(~surface, sampling=spacing_mm) <= radius_mm
-    inside, _ = cell_foreground(torch.from_numpy(np.ascontiguousarray(within))[None], tokens.boxes_vox)
-    near = inside[0] > 0
-    kept = tokens.kept[0].cpu()
-    share = float(near[kept].float().mean())
-    base_rate = float(near.float().mean())
-    return NearBoundary(share, base_rate, share / base_rate, min(1.0, int(near.sum()) / int(kept.sum())))
+    place = _within_reach(surface, spacing_mm, most_mm)
+    distance_mm = distance_transform_edt(~surface[place], sampling=spacing_mm)
+    distance_mm[distance_mm > most_mm] = np.inf
+    offset = [axis.start for axis in place]
+    real = np.all(boxes_vox[:, :, 1] > boxes_vox[:, :, 0], axis=2)
+    nearest_mm = np.full(real.shape, np.inf)
+    for index in map(tuple, np.argwhere(real)):
+        nearest_mm[index] = distance_mm[_voxels(boxes_vox[index] - offset)].min(initial=np.inf)
+    return nearest_mm
+
+
+def near_boundary(
+    distance_mm: Float[np.ndarray, "T N"],
+    kept: Bool[np.ndarray, "T N"],
+    in_scan: Bool[np.ndarray, "T N"],
+    radius_mm: float,
+) -> NearBoundary:
+    """Count the tokens near a boundary.
+
+    Args:
+        distance_mm: Distance of each cell to it, from `boundary_distances_mm`.
+        kept: Whether each candidate was kept; at least one was.
+        in_scan: Whether each cell holds any of the scan. A cell in padding is not in the base rate; kept, it is in the
+            share, as a token spent on nothing.
+        radius_mm: Distance up to which a cell is near.
+    """
+    near = distance_mm <= radius_mm
+    num_kept = int(kept.sum())
+    share = int((near & kept).sum()) / num_kept
+    base_rate = int(near.sum()) / int(in_scan.sum())
+    # Each pass keeps its own K, so a pass far from the boundary cannot lend its share to another.
+    ceiling = int(np.minimum(near.sum(axis=1), kept.sum(axis=1)).sum()) / num_kept
+    return NearBoundary(radius_mm, share, base_rate, share / base_rate if base_rate else float("nan"), ceiling)
+
+
+def _within_reach(
+    surface: BoolMask, spacing_mm: tuple[float, float, float], most_mm: float
+) -> tuple[slice, slice, slice]:
+    """Box around a surface that holds all voxels up to `most_mm` from it, so that a small lesion costs little."""
+    x, y, z = (
+        slice(max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin))
+        for hit, margin, size in zip(
+            (np.flatnonzero(surface.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))),
+            (int(most_mm / spacing) + 1 for spacing in spacing_mm),
+            surface.shape,
+            strict=True,
+        )
+    )
+    return x, y, z
+
+
+def _voxels(box_vox: Float[np.ndarray, "2 3"]) -> tuple[slice, slice, slice]:
+    """Voxels that a box meets; a part before voxel 0 is cut off."""
+    # Corners that were resampled miss whole numbers by rounding.
+    low = np.maximum(np.floor(box_vox[0] + 1e-6).astype(int), 0)
+    high = np.maximum(np.ceil(box_vox[1] - 1e-6).astype(int), 0)
+    x, y, z = (slice(int(first), int(last)) for first, last in zip(low, high, strict=True))
+    return x, y, z

@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pydantic import Field
@@ -28,6 +29,9 @@ from tokenseg.config import NetworkConfig, Plan, Settings, parse_settings
 from tokenseg.errors import ConfigError, FileError, ModelError
 from tokenseg.files import temporary_beside, write_atomically
 from tokenseg.model.network import TokenSeg
+
+MakeNetwork: TypeAlias = Callable[[NetworkConfig, Plan], nn.Module]
+"""Makes a network that returns a `TokenSegOutput`."""
 
 SCHEMA_VERSION = 1
 WEIGHTS_NAME, FACTS_NAME, CARD_NAME = "weights.safetensors", "model.json", "README.md"
@@ -92,8 +96,13 @@ def save_model(folder: Path, network: nn.Module, facts: ModelFacts) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
+def load_model(path: Path | str, device: torch.device | str = "cpu", make_network: MakeNetwork = TokenSeg) -> Model:
     """Load a model folder, or the model of a run folder.
+
+    Args:
+        path: The folder.
+        device: Where the model is to compute.
+        make_network: What the weights are for; a peer that was trained in the same pipeline brings its own.
 
     Raises:
         ModelError: The folder is missing, incomplete, corrupt, of a newer schema, or not made of safetensors + JSON.
@@ -101,10 +110,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
     folder = _find_folder(Path(path))
     facts = _read_facts(folder / FACTS_NAME)
     tensors = _read_weights(folder / WEIGHTS_NAME, facts.weights_sha256)
-    if _expected_shapes(facts) != {name: tensor.shape for name, tensor in tensors.items()}:
+    if _expected_shapes(facts, make_network) != {name: tensor.shape for name, tensor in tensors.items()}:
         raise ModelError(f"{folder}: the weights do not fit the network in {FACTS_NAME}; copy the folder again")
     with torch.random.fork_rng(devices=[]):
-        network = TokenSeg(facts.network, facts.plan)
+        network = make_network(facts.network, facts.plan)
     network.load_state_dict(tensors)
     device = torch.device(device)
     return Model(network.to(device).eval(), facts, device)
@@ -130,11 +139,12 @@ def _exchange(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _expected_shapes(facts: ModelFacts) -> dict[str, torch.Size] | None:
+def _expected_shapes(facts: ModelFacts, make_network: MakeNetwork) -> dict[str, torch.Size] | None:
     """Shapes of the weights of the described network, found without its memory; None where there is no such network."""
     try:
         with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in TokenSeg(facts.network, facts.plan).state_dict().items()}
+            network = make_network(facts.network, facts.plan)
+            return {name: tensor.shape for name, tensor in network.state_dict().items()}
     except (RuntimeError, ValueError, TypeError, ArithmeticError):
         return None
 

@@ -11,22 +11,20 @@ import logging
 import sys
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
-from tokenseg.config import DeviceName, TrainOptions
+from tokenseg.config import CohortOptions, DeviceName, TrainOptions
 from tokenseg.errors import ConfigError, TokenSegError
+from tokenseg.terminal import NOTICE, Terminal, print_demo, print_evaluation, say, say_not_scored
 
 if TYPE_CHECKING:
-    from tokenseg.evaluate import Evaluation
-
-NOTICE = "Research software: not a medical device."
+    from tokenseg.checkpoint import Model
+    from tokenseg.data.cases import Dataset
+    from tokenseg.segment import CaseResult
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,9 @@ class Train:
 
         with Terminal() as terminal:
             result = train(self.dataset, self.run, self.options, terminal)
-        _print_evaluation(result.evaluation)
+        print_evaluation(result.evaluation)
         print(f"model: {self.run / 'model'}  ({result.steps} steps)")
+        print(f"report: {self.run / 'report.html'}")
         print(f"next: tokenseg segment SCAN.nii.gz MASK.nii.gz --model {self.run}")
         return 0
 
@@ -69,6 +68,8 @@ class Segment:
     """Where to compute."""
     threads: int | None = None
     """CPU threads; all cores if not given."""
+    report: Path | None = None
+    """Write volumes, pictures and tokens as one HTML page here."""
 
     def execute(self) -> int:
         """Segment, print volumes, return 1 if a case failed."""
@@ -76,16 +77,20 @@ class Segment:
 
         from tokenseg.checkpoint import load_model
         from tokenseg.device import choose_device
+        from tokenseg.files import check_writable
         from tokenseg.segment import segment_files
 
         if self.threads is not None:
             if self.threads < 1:
                 raise ConfigError(f"--threads {self.threads}: must be at least 1")
             torch.set_num_threads(self.threads)
+        if self.report is not None:
+            check_writable(self.report.parent, self.report)
         device = choose_device(self.device)
         models = [load_model(path, device) for path in (self.model, *self.folds)]
         with Terminal() as terminal:
             results = segment_files(models, self.input, self.output, terminal)
+            self._write_report(models[0], results, terminal)
         failed = [result for result in results if result.mask is None]
         single = self.input.is_file()
         if single and failed:
@@ -94,11 +99,23 @@ class Segment:
             volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in result.volumes_ml.items())
             print(f"{result.case_id}: {volumes}" if result.mask else f"{result.case_id}: FAILED")
         for result in failed:
-            _say(f"error: {result.case_id}: {result.error}")
+            say(f"error: {result.case_id}: {result.error}")
         if not single:
             print(f"{len(results) - len(failed)} of {len(results)} cases segmented; {self.output / 'summary.csv'}")
         print(NOTICE)
         return 1 if failed else 0
+
+    def _write_report(self, model: Model, results: list[CaseResult], terminal: Terminal) -> None:
+        if self.report is None:
+            return
+        from tokenseg.data.inputs import list_inputs
+        from tokenseg.report.reports import segmentation_report, tokens_of_largest
+
+        plan = model.facts.plan
+        cases = list_inputs(self.input, plan)
+        tokens = tokens_of_largest(model, results, cases)
+        segmentation_report(self.report, results, cases, plan, date.today().isoformat(), tokens=tokens)
+        terminal.message(f"report: {self.report}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,8 @@ class Evaluate:
     """Write everything, per case and in summary, here."""
     csv: Path | None = None
     """Write one row a case and label here."""
+    report: Path | None = None
+    """Write scores and pictures as one HTML page here; images are shown where REFERENCES is a dataset folder."""
     tolerance_mm: float = 1.0
     """Tolerance of the normalised surface Dice."""
 
@@ -121,16 +140,62 @@ class Evaluate:
         from tokenseg.evaluate import evaluate_folders, write_csv, write_json
         from tokenseg.files import check_writable
 
-        for path in (self.json, self.csv):
+        for path in (self.json, self.csv, self.report):
             if path is not None:
                 check_writable(path.parent, path)
         evaluation = evaluate_folders(self.predictions, self.references, tolerance_mm=self.tolerance_mm)
-        _print_evaluation(evaluation)
-        _say_not_scored(evaluation)
+        print_evaluation(evaluation)
+        say_not_scored(evaluation)
         if self.json is not None:
             write_json(self.json, evaluation)
         if self.csv is not None:
             write_csv(self.csv, evaluation)
+        if self.report is not None:
+            from tokenseg.report.reports import evaluation_report
+
+            title = f"Evaluation of {self.predictions.resolve().name}"
+            dataset = _dataset_of(self.references)
+            evaluation_report(self.report, evaluation, dataset, date.today().isoformat(), title=title)
+        return 0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Show which tokens a model kept in a case, and how near they lie to the boundary."""
+
+    case: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CASE")]
+    """Image file, or folder with the files of one case."""
+    model: Path
+    """Run folder or model folder."""
+    reference: Path | None = None
+    """Reference mask; without one, nearness is to the boundary of the prediction."""
+    json: Path | None = None
+    """Write everything, every candidate token included, here."""
+    picture: Path | None = None
+    """Draw the kept cells over slices in three planes into this PNG file."""
+
+    def execute(self) -> int:
+        """Find the tokens, print a table, write the files asked for."""
+        from tokenseg.checkpoint import load_model
+        from tokenseg.files import check_writable
+        from tokenseg.tokens import describe_tokens, tokens_of_case, write_json
+
+        for path in (self.json, self.picture):
+            if path is not None:
+                check_writable(path.parent, path)
+        if self.picture is not None:
+            from tokenseg.token_picture import check_can_draw
+
+            check_can_draw(self.picture)
+        report = tokens_of_case(load_model(self.model), self.case, self.reference)
+        print(describe_tokens(report), end="")
+        print(NOTICE)
+        if self.json is not None:
+            write_json(self.json, report)
+        if self.picture is not None:
+            from tokenseg.token_picture import write_picture
+
+            write_picture(self.picture, report)
         return 0
 
 
@@ -149,55 +214,55 @@ class Info:
         return 0
 
 
-class Terminal:
-    """Progress on stderr: bars with time left on a terminal, a line now and then elsewhere."""
+@dataclass(frozen=True)
+class Cohort:
+    """Draw synthetic breast DCE-MRI exams in the MAMA-MIA layout, to try things on without data."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, emoji=False)
-        self._bars = RichProgress(
-            TextColumn("{task.description:>10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task: Any = None
-        self._name, self._total, self._done = "", 0, 0
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to make; OUT/train, OUT/test and OUT/external will be datasets."""
+    options: Annotated[CohortOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CohortOptions)
 
-    def __enter__(self) -> Terminal:
-        """Start drawing."""
-        self._bars.start()
-        return self
+    def execute(self) -> int:
+        """Draw, then say where the exams are."""
+        from tokenseg.cohort import write_cohort
 
-    def __exit__(self, *_: object) -> None:
-        """Stop drawing."""
-        self._bars.stop()
+        with Terminal() as terminal:
+            write_cohort(self.output, self.options, terminal)
+        for part in ("train", "test", "external"):
+            print(f"{part}: {getattr(self.options, part)} exams in {self.output / part}")
+        print(f"next: tokenseg train {self.output / 'train'} RUN --max-minutes 10")
+        print("All exams are synthetic: figures from them say nothing about patients.")
+        return 0
 
-    def stage(self, name: str, total: int, done: int = 0) -> None:
-        """Begin a stage with a bar of its own."""
-        self._name, self._total, self._done = name, total, done
-        self._task = self._bars.add_task(name, total=total, completed=done, note="")
 
-    def advance(self, note: str = "") -> None:
-        """Advance the bar; without a terminal print every twentieth of the way."""
-        self._done += 1
-        self._bars.advance(self._task)
-        self._bars.update(self._task, note=note)
-        due = self._done % max(1, self._total // 20) == 0 or self._done == self._total
-        if due and not self._console.is_terminal:
-            _say(f"{self._name} {self._done}/{self._total}{note and ' ' + note}{self._time_left()}")
+@dataclass(frozen=True)
+class Demo:
+    """See it work without data, in about ten minutes: synthetic breast exams, training, evaluation, report."""
 
-    def _time_left(self) -> str:
-        seconds = self._bars.tasks[self._task].time_remaining
-        return f", {timedelta(seconds=seconds)} left" if seconds else ""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = Path("tokenseg-demo")
+    """Folder for everything; the same command goes on with an interrupted demo."""
 
-    def message(self, text: str) -> None:
-        """Print a line above the bars."""
-        self._console.print(text, markup=False, soft_wrap=True)
+    def execute(self) -> int:
+        """Run the demo, print its table and how to go on."""
+        _needs_extra("train", "monai", "lightning_fabric")
+        _quieten()
+        from tokenseg.demo import demo
+
+        with Terminal() as terminal:
+            result = demo(self.output, terminal)
+        print_demo(result)
+        return 0
+
+
+COMMANDS: dict[str, Any] = {
+    "demo": Demo,
+    "train": Train,
+    "segment": Segment,
+    "evaluate": Evaluate,
+    "tokens": Tokens,
+    "info": Info,
+    "cohort": Cohort,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tokenseg {__version__}")
         return 0
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "segment": Segment, "evaluate": Evaluate, "info": Info},
+        COMMANDS,
         prog="tokenseg",
         description=f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version.",
         args=arguments,
@@ -218,20 +283,31 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(command.execute())
     except TokenSegError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 2
     except OSError as error:
         # What the library does not foresee: a folder that may not be listed, an unplugged disk.
-        _say(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+        say(f"error: {error.filename or 'a file'}: {error.strerror or error}")
         return 2
     except KeyboardInterrupt:
-        resume = "go on with the same command and --resume"
-        _say(f"interrupted; {resume if isinstance(command, Train) else 'files written so far are complete'}")
+        say(f"interrupted; {_how_to_go_on(command)}")
         return 130
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _dataset_of(references: Path) -> Dataset | None:
+    """The dataset that references belong to, for its images; None where they are bare masks."""
+    from tokenseg.data.datasets import open_dataset
+
+    try:
+        return open_dataset(references)
+    except TokenSegError:
+        return None
+
+
+def _how_to_go_on(command: object) -> str:
+    if isinstance(command, Train):
+        return "go on with the same command and --resume"
+    return "go on with the same command" if isinstance(command, Demo) else "files written so far are complete"
 
 
 def _needs_extra(extra: str, *modules: str) -> None:
@@ -248,45 +324,3 @@ def _quieten() -> None:
     import lightning_fabric  # noqa: F401
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-
-
-def _print_evaluation(evaluation: Evaluation) -> None:
-    from tokenseg.data.cases import first_few
-
-    head = f"{'label':<20} {'Dice (95 % interval)':<24} {'IoU':>6} {'HD95 mm':>8} {'NSD':>6} {'error ml':>9}"
-    print(f"{head} {'lesion F1':>9}  cases  missed  false pos.  both empty")
-    for summary in evaluation.summaries:
-        dice = summary.intervals["dice"]
-        names = ("iou", "hd95_mm", "nsd", "volume_error_ml", "lesion_f1")
-        iou, hd95_mm, nsd, error_ml, lesion_f1 = (summary.intervals[name].mean for name in names)
-        interval = f"{dice.mean:.4f} ({dice.low:.4f} to {dice.high:.4f})"
-        print(
-            f"{summary.label.name:<20} {interval:<24} {iou:>6.3f} {hd95_mm:>8.2f} {nsd:>6.3f} {error_ml:>+9.3f} "
-            f"{lesion_f1:>9.3f}  {summary.n:>5}  {summary.n_missed:>6}  {summary.n_false_positive:>10}"
-            f"  {summary.n_both_empty:>10}"
-        )
-    print(
-        f"Means over cases. NSD: surface Dice at {evaluation.tolerance_mm:g} mm. Lesions match one to one from IoU 0.1."
-    )
-    print(NOTICE)
-    if evaluation.missing_predictions:
-        missing = evaluation.missing_predictions
-        _say(f"warning: {len(missing)} reference(s) without a prediction count as missed: {first_few(missing)}")
-    if evaluation.unlisted_values:
-        values = first_few([str(value) for value in evaluation.unlisted_values])
-        _say(f"warning: values that belong to no label count as background: {values}")
-
-
-def _say_not_scored(evaluation: Evaluation) -> None:
-    """Name masks that `evaluate` was given and did not use; in training these are just the other cases."""
-    from tokenseg.data.cases import first_few
-
-    if evaluation.extra_predictions:
-        extra = evaluation.extra_predictions
-        _say(f"note: {len(extra)} prediction(s) without a reference are not scored: {first_few(extra)}")
-    if evaluation.references_left_out:
-        left_out = evaluation.references_left_out
-        _say(
-            f"note: {len(left_out)} reference(s) are not scored, since the summary.csv of the predictions does not "
-            f"name them: {first_few(left_out)}"
-        )

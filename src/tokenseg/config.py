@@ -245,6 +245,32 @@ class TrainOptions:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CohortOptions:
+    """How many synthetic exams are asked for on the command line."""
+
+    train: int = 40
+    """Exams to learn from."""
+    test: int = 12
+    """Held-out exams of the same centre."""
+    external: int = 10
+    """Exams of another centre: other field strength, contrast, noise and resolution."""
+    seed: int = 0
+    """Seed of everything; the first exams of a part do not depend on how many there are."""
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            ConfigError: A number is negative, or there is no exam at all.
+        """
+        for name in ("train", "test", "external", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} {getattr(self, name)}: must be at least 0")
+        if self.train + self.test + self.external == 0:
+            raise ConfigError("--train, --test and --external are all 0; ask for at least one exam")
+
+
 def read_overrides(path: Path) -> dict[str, dict[str, Any]]:
     """Read a user's TOML file: any subset of the tables `plan`, `network` and `train`.
 

@@ -70,9 +70,7 @@ def segment_volume(model: Model | Sequence[Model], volume: Volume) -> MaskArray:
     logits = _average(
         [predict_logits(each.network, prepared.image, plan, each.device) for each in models], regions=plan.regions
     )
-    # NaN would come out as background, an empty mask that looks like a finding.
-    if not torch.isfinite(logits).all():
-        raise ModelError(f"model {models[0].facts.name!r} gives NaN or infinity here; train it again")
+    check_finite(logits, models[0])
     return restore_logits(logits, prepared.record, plan)
 
 
@@ -87,12 +85,23 @@ def predict_logits(network: nn.Module, image: ImageArray, plan: Plan, device: to
     """
     size = image.shape[1:]
     padded, start = pad_to_window(torch.from_numpy(image), plan.window_vox)
+    corners = window_corners((padded.shape[1], padded.shape[2], padded.shape[3]), plan)
     with torch.inference_mode():
-        if all(length <= limit for length, limit in zip(padded.shape[1:], plan.whole_limit_vox, strict=True)):
+        if corners is None:
             logits = _forward(network, padded, device)
         else:
-            logits = _sliding_windows(network, padded, plan.window_vox, device)
+            logits = _sliding_windows(network, padded, plan.window_vox, corners, device)
     return logits[(slice(None), *(slice(first, first + length) for first, length in zip(start, size, strict=True)))]
+
+
+def check_finite(logits: Float[Tensor, "L X Y Z"], model: Model) -> None:
+    """Refuse NaN: it would come out as background, an empty mask that looks like a finding.
+
+    Raises:
+        ModelError: With the name of the model.
+    """
+    if not torch.isfinite(logits).all():
+        raise ModelError(f"model {model.facts.name!r} gives NaN or infinity here; train it again")
 
 
 def segment_files(
@@ -260,13 +269,16 @@ def pad_to_window(
 
 
 def _sliding_windows(
-    network: nn.Module, image: Float[Tensor, "C X Y Z"], window: tuple[int, int, int], device: torch.device
+    network: nn.Module,
+    image: Float[Tensor, "C X Y Z"],
+    window: tuple[int, int, int],
+    corners: Sequence[tuple[int, int, int]],
+    device: torch.device,
 ) -> Float[Tensor, "L X Y Z"]:
-    starts = [window_starts(size, length) for size, length in zip(image.shape[1:], window, strict=True)]
     weight = _gaussian(window)
     total: Tensor | None = None
     norm = torch.zeros(image.shape[1:])
-    for corner in product(*starts):
+    for corner in corners:
         place = tuple(slice(first, first + length) for first, length in zip(corner, window, strict=True))
         logits = _forward(network, image[(slice(None), *place)], device)
         if total is None:
@@ -276,6 +288,17 @@ def _sliding_windows(
     if total is None:
         raise ValueError("an image has at least one window")
     return total.div_(norm)
+
+
+def window_corners(size: tuple[int, int, int], plan: Plan) -> list[tuple[int, int, int]] | None:
+    """First voxels of the sliding windows over a padded image of this size, in the order in which they run.
+
+    None where the image runs whole.
+    """
+    if all(length <= limit for length, limit in zip(size, plan.whole_limit_vox, strict=True)):
+        return None
+    x, y, z = (window_starts(length, window) for length, window in zip(size, plan.window_vox, strict=True))
+    return list(product(x, y, z))
 
 
 def window_starts(size: int, window: int) -> list[int]:

@@ -11,14 +11,16 @@ RUN/
   state.safetensors  what a resumed run starts from
   model/             all that `tokenseg segment` needs
   validation/        masks of the fold's validation cases, summary.csv, scores.json, scores.csv
+  report.html        all of it to look at, in a browser
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,11 +29,9 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from tokenseg import __version__
-from tokenseg.checkpoint import Model, ModelFacts, save_model
+from tokenseg.checkpoint import MakeNetwork, Model, ModelFacts, save_model
 from tokenseg.config import (
     PRESETS,
-    NetworkConfig,
-    Plan,
     RunConfig,
     TrainOptions,
     build_run_config,
@@ -50,13 +50,15 @@ from tokenseg.evaluate import Evaluation, evaluate_folders, write_csv, write_jso
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.model.network import TokenSeg
 from tokenseg.progress import Progress, Silent
+from tokenseg.report.reports import tokens_of_selected, train_report
 from tokenseg.segment import segment_cases
 from tokenseg.training.augment import build_augmentation, leave_unchanged
 from tokenseg.training.batches import TrainingBatches
 from tokenseg.training.cache import prepare_cases
-from tokenseg.training.loop import STATE_NAME, Fit, fit, measure_step_seconds
+from tokenseg.training.journal import read_journal
+from tokenseg.training.loop import LOG_NAME, STATE_NAME, Fit, fit, measure_step_seconds
 
-MakeNetwork = Callable[[NetworkConfig, Plan], nn.Module]
+REPORT_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def train(
     with fabric.rank_zero_first():
         if fabric.is_global_zero:
             evaluation = _validate(Model(network.eval(), _facts(setup), fabric.device), setup, run_path, progress)
-            save_model(run_path / "model", network, _facts(setup, total_steps, evaluation))
+            facts = _facts(setup, total_steps, evaluation)
+            save_model(run_path / "model", network, facts)
+            _report(Model(network.eval(), facts, fabric.device), setup, run_path, evaluation, progress)
     return TrainResult(run_path, total_steps, cast("Evaluation", fabric.broadcast(evaluation)))
 
 
@@ -307,3 +311,20 @@ def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -
     write_json(folder / "scores.json", evaluation)
     write_csv(folder / "scores.csv", evaluation)
     return evaluation
+
+
+def _report(model: Model, setup: _Setup, run_path: Path, evaluation: Evaluation, progress: Progress) -> None:
+    progress.message(f"writing {run_path / REPORT_NAME}")
+    tokens = tokens_of_selected(model, evaluation, setup.dataset) if isinstance(model.network, TokenSeg) else []
+    facts = {
+        "dataset": f"{model.facts.name}: {setup.dataset.reason}",
+        "cases": f"{len(setup.split.train)} to train on, {len(setup.split.val)} to validate on",
+        "fold": str(setup.options.fold),
+        "seed": str(setup.options.seed),
+        "steps": str(model.facts.training["steps"]),
+        "parameters": f"{sum(parameter.numel() for parameter in model.network.parameters()) / 1e6:.2f} M",
+        "computed on": str(model.device),
+    }
+    journal = read_journal(run_path / LOG_NAME)
+    made = date.today().isoformat()
+    train_report(run_path / REPORT_NAME, evaluation, setup.dataset, journal, facts, made, tokens=tokens)

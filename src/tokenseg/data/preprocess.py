@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenseg.config import ChannelNormalisation, Plan
 from tokenseg.data.volume import Mask, Volume
 from tokenseg.errors import DataError, GeometryError
-from tokenseg.shapes import ImageArray, MaskArray
+from tokenseg.shapes import Affine, ImageArray, MaskArray
 
 Shape3: TypeAlias = tuple[int, int, int]
 
@@ -85,7 +85,7 @@ def select_channels(volume: Volume, plan: Plan) -> ImageArray:
             f"model expects {', '.join(plan.needed_channels)}; {', '.join(missing)} is missing "
             f"(given: {', '.join(volume.channels)}). Name the channels of the input, or add the missing one"
         )
-    return np.stack([_difference(expression, volume) for expression in plan.channels])
+    return np.stack([channel_image(expression, volume) for expression in plan.channels])
 
 
 def prepare_image(volume: Volume, plan: Plan, *, covering: Mask | None = None) -> Prepared:
@@ -199,7 +199,8 @@ class _Scaling(NamedTuple):
     high: float = np.inf
 
 
-def _difference(expression: str, volume: Volume) -> Float[np.ndarray, "X Y Z"]:
+def channel_image(expression: str, volume: Volume) -> Float[np.ndarray, "X Y Z"]:
+    """One entry of `Plan.channels`, a channel or a difference of two that the volume must have, as stored."""
     terms = [volume.array[volume.channels.index(name.strip())] for name in expression.split(" - ")]
     return reduce(np.subtract, terms)
 
@@ -235,10 +236,7 @@ def _scaled(channel: Float[np.ndarray, "X Y Z"], scaling: _Scaling) -> Float[np.
 def _find_way(volume: Volume, plan: Plan, covering: Mask | None) -> GridRecord:
     if covering is not None:
         _check_mask_shape(covering, _shape3(volume.array.shape[1:]))
-    orientation = io_orientation(volume.affine)  # type: ignore[no-untyped-call]
-    axes = _shape3(orientation[:, 0])
-    flips = orientation[:, 1] < 0
-    flipped = bool(flips[0]), bool(flips[1]), bool(flips[2])
+    axes, flipped = _orientation(volume.affine)
     image = [_canonical(channel, axes, flipped) for channel in volume.array]
     foreground = None if covering is None else _canonical(covering.array, axes, flipped)
     start, stop = _crop_box(image, foreground)
@@ -278,6 +276,13 @@ def _crop_box(image: Sequence[Float[np.ndarray, "Xc Yc Zc"]], foreground: MaskAr
         return whole
     hits = [np.flatnonzero(kept.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
     return _shape3(hit[0] for hit in hits), _shape3(hit[-1] + 1 for hit in hits)
+
+
+def _orientation(affine: Affine) -> tuple[Shape3, tuple[bool, bool, bool]]:
+    """For each stored axis, the RAS+ axis that it runs along, and whether it runs against it."""
+    orientation = io_orientation(affine)  # type: ignore[no-untyped-call]
+    flips = orientation[:, 1] < 0
+    return _shape3(orientation[:, 0]), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
 
 
 def _canonical(
@@ -375,3 +380,17 @@ def _times(sizes: Iterable[int | float]) -> str:
 
 def _listed(values: Iterable[int]) -> str:
     return ", ".join(str(value) for value in values)
+
+
+def to_canonical(
+    array: Shaped[np.ndarray, "X Y Z"], affine: Affine
+) -> tuple[Shaped[np.ndarray, "Xc Yc Zc"], tuple[float, float, float]]:
+    """Turn stored axes to the closest RAS+ order, for showing.
+
+    Returns:
+        The array with axes along right, anterior and superior (a view), and its spacing in mm in that order. Of an
+        oblique scan the axes only lie closest to these directions.
+    """
+    axes, flipped = _orientation(affine)
+    right, anterior, superior = (float(np.linalg.norm(affine[:3, stored])) for stored in np.argsort(axes))
+    return _canonical(array, axes, flipped), (right, anterior, superior)

@@ -270,6 +270,30 @@ def write_mask(path: Path | str, mask: MaskArray, like: Volume) -> None:
     write_values(path, _smallest_integers(mask, str(path)), header)
 
 
+def write_volume(path: Path | str, volume: Volume) -> None:
+    """Write a scan of one channel as int16, rounded to whole numbers as scanners store them, all or nothing.
+
+    The geometry is that of the volume's header, or its affine where it has none, as for `write_mask`.
+
+    Raises:
+        FileError: The name is not that of an image, or the file cannot be written.
+        DataError: The scan has several channels, or an intensity does not fit int16.
+    """
+    path = Path(path)
+    image_ending(path)
+    if len(volume.array) != 1:
+        raise DataError(f"scan for {path} has {len(volume.array)} channels; write each to a file of its own")
+    rounded, limits = np.rint(volume.array[0]), np.iinfo(np.int16)
+    low, high = float(rounded.min()), float(rounded.max())
+    if low < limits.min or high > limits.max:
+        raise DataError(
+            f"scan for {path} has intensities from {low:g} to {high:g}; int16 holds {limits.min} to {limits.max}: "
+            "scale them first"
+        )
+    header = volume.header if volume.header is not None else header_of_affine(volume.affine, volume.spacing_mm)
+    write_values(path, rounded.astype(np.int16), header)
+
+
 def _check_affine(affine: Affine, name: str) -> None:
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or (affine[3] != (0, 0, 0, 1)).any():
         raise GeometryError(f"{name}: affine must be 4 x 4, finite, with last row 0 0 0 1, not {affine.tolist()}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import cast
 
-from monai.inferers import sliding_window_inference
-from monai.networks.nets import UNet
+from monai.inferers.utils import sliding_window_inference
+from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 
 from tokenseg.config import NetworkConfig, Plan
 from tokenseg.model.network import TokenSegOutput
+from tokenseg.shapes import Images
 
 
 class Peer(nn.Module):
@@ -23,14 +24,13 @@ class Peer(nn.Module):
         super().__init__()
         self.network, self.window_vox = network, window_vox
 
-    def forward(self, images: Tensor) -> TokenSegOutput:
+    def forward(self, images: Images) -> TokenSegOutput:
         """Segment a batch of any size."""
         larger = any(size > window for size, window in zip(images.shape[2:], self.window_vox, strict=True))
-        if larger and not self.training:
-            logits = sliding_window_inference(images, self.window_vox, 1, self._padded, overlap=0.5, mode="gaussian")
-        else:
-            logits = self._padded(images)
-        return TokenSegOutput(logits, (), None)
+        if not larger or self.training:
+            return TokenSegOutput(self._padded(images), (), None)
+        logits = sliding_window_inference(images, self.window_vox, 1, self._padded, overlap=0.5, mode="gaussian")
+        return TokenSegOutput(cast("Tensor", logits), (), None)
 
     def _padded(self, images: Tensor) -> Tensor:
         size = images.shape[2:]
@@ -46,7 +46,7 @@ def monai_unet(_: NetworkConfig, plan: Plan) -> nn.Module:
 
 def bare_monai_unet(channels: int, outputs: int) -> nn.Module:
     """The same without the wrapper, for timing."""
-    return UNet(3, channels, outputs, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2)
-
-
-PEERS: dict[str, Callable[[NetworkConfig, Plan], nn.Module]] = {"monai-unet": monai_unet}
+    network: nn.Module = UNet(
+        3, channels, outputs, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2
+    )
+    return network

@@ -1,0 +1,257 @@
+"""`tokenseg demo`: the whole way on synthetic breast exams, beside a dense network that is given the same time.
+
+OUT/
+  cohort/{train,test,external}   synthetic exams: to learn from, held out, and of another centre
+  tokenseg/, monai-unet/         the two runs
+  masks/NETWORK/{test,external}  what they found
+  demo.json                      the table
+  report.html                    everything to look at
+
+Interrupted, the same command goes on where it was. Both networks take a fixed number of steps, so that the figures
+come out the same each time; the numbers are such that both need about the same time on a CPU, one thread each.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from tokenseg.checkpoint import Model, load_model
+from tokenseg.cohort import write_cohort
+from tokenseg.config import CohortOptions, PresetName, TrainOptions
+from tokenseg.data.datasets import open_dataset
+from tokenseg.data.inputs import list_inputs
+from tokenseg.errors import TrainingError
+from tokenseg.evaluate import Evaluation, evaluate_folders
+from tokenseg.files import write_atomically
+from tokenseg.metrics import Interval, bootstrap_interval
+from tokenseg.peers import monai_unet
+from tokenseg.progress import Progress, Silent
+from tokenseg.report.cases import evaluation_views, token_boxes
+from tokenseg.report.curves import curves_section
+from tokenseg.report.markup import Html, element, join
+from tokenseg.report.page import Section, write_page
+from tokenseg.report.reports import tokens_of_selected
+from tokenseg.report.scores import evaluation_section, scrollable
+from tokenseg.report.token_table import tokens_section
+from tokenseg.report.viewer import viewer_section
+from tokenseg.segment import segment_cases
+from tokenseg.tokens import TokenReport
+from tokenseg.train import train
+from tokenseg.training.journal import read_journal
+from tokenseg.training.loop import LOG_NAME
+
+TOKENSEG, UNET = "tokenseg", "monai-unet"
+NAMES = {TOKENSEG: "TokenSeg", UNET: "MONAI UNet"}
+PARTS = {"test": "held-out exams", "external": "external centre"}
+REPORT_NAME = "report.html"
+SYNTHETIC = "All exams are synthetic: these figures show how the tool works and say nothing about patients."
+EXPLAINED = (
+    "Dice: mean over the exams with a lesion, a missed one counts 0. Lesion F1: over all lesions. False positives: "
+    "findings in exams without a lesion. Both networks share data, augmentation, loss, optimiser and evaluation."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How large a demo is; the defaults are what `tokenseg demo` runs."""
+
+    cohort: CohortOptions = field(default_factory=CohortOptions)
+    preset: PresetName = "small"
+    steps: int = 900
+    """Training steps of TokenSeg."""
+    unet_steps: int = 450
+    """Training steps of MONAI UNet, in about the same time."""
+
+
+FULL = DemoSize()
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One network on one part of the cohort."""
+
+    network: str
+    part: str
+    dice: Interval
+    """Over the exams with a lesion; a missed exam counts 0."""
+    num_exams: int
+    """Exams with a lesion."""
+    num_missed: int
+    """Exams with a lesion in which nothing was found."""
+    lesion_f1: float
+    """Over all lesions of the part, those invented in lesion-free exams included."""
+    num_lesion_free: int
+    """Exams without a lesion."""
+    false_positives: int
+    """Findings in exams without a lesion."""
+    train_minutes: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo came to."""
+
+    rows: tuple[DemoRow, ...]
+    """TokenSeg and UNet on the held-out exams, then on the external centre."""
+    report: Path
+
+
+def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None = None) -> DemoResult:
+    """Make the cohort, train both networks at the same time, segment, evaluate, write the report.
+
+    Args:
+        folder: Everything goes in here; an interrupted demo is gone on with.
+        progress: Told about the work.
+        size: Smaller for tests.
+
+    Raises:
+        TokenSegError: The folder cannot be used, or a training broke down.
+    """
+    progress, size = progress or Silent(), size or FULL
+    cohort = folder / "cohort"
+    write_cohort(cohort, size.cohort, progress)
+    with _unet_beside(cohort / "train", folder / UNET, size.unet_steps):
+        _train_tokenseg(cohort / "train", folder / TOKENSEG, size, progress)
+        progress.message("waiting for the training of MONAI UNet, which runs beside")
+    models = {TOKENSEG: load_model(folder / TOKENSEG), UNET: load_model(folder / UNET, make_network=monai_unet)}
+    rows, evaluations = [], dict[tuple[str, str], Evaluation]()
+    for part in PARTS:
+        for network, model in models.items():
+            evaluation = _segment_and_evaluate(model, cohort / part, folder / "masks" / network / part, progress)
+            evaluations[network, part] = evaluation
+            rows.append(_row(network, part, evaluation, folder / network))
+    write_atomically(folder / "demo.json", (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
+    progress.message("writing the report")
+    _write_report(folder, rows, evaluations, models[TOKENSEG])
+    return DemoResult(tuple(rows), folder / REPORT_NAME)
+
+
+def _train_tokenseg(dataset: Path, run: Path, size: DemoSize, progress: Progress) -> None:
+    if not _is_finished(run):
+        train(dataset, run, _options(run, size.steps, size.preset), progress)
+
+
+def _train_unet(dataset: Path, run: Path, steps: int) -> None:
+    train(dataset, run, _options(run, steps), make_network=monai_unet)
+
+
+def _options(run: Path, steps: int, preset: PresetName = "small") -> TrainOptions:
+    return TrainOptions(preset=preset, max_steps=steps, threads=1, resume=(run / "run.json").exists())
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "validation" / "scores.json").exists() and (run / "report.html").exists()
+
+
+@contextmanager
+def _unet_beside(dataset: Path, run: Path, steps: int) -> Iterator[None]:
+    """Train the UNet in a process of its own while the body runs."""
+    if (run / "validation" / "scores.json").exists():
+        yield
+        return
+    # A daemon ends with this process, whatever happens to it.
+    process = multiprocessing.get_context("spawn").Process(target=_train_unet, args=(dataset, run, steps), daemon=True)
+    process.start()
+    try:
+        yield
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+    process.join()
+    if process.exitcode != 0:
+        raise TrainingError(
+            f"the training of MONAI UNet in {run} ended with code {process.exitcode}; run the same command again"
+        )
+
+
+def _segment_and_evaluate(model: Model, dataset: Path, masks: Path, progress: Progress) -> Evaluation:
+    plan = model.facts.plan
+    segment_cases([model], list_inputs(dataset, plan), masks, progress)
+    return evaluate_folders(masks, dataset, labels=plan.labels)
+
+
+def _row(network: str, part: str, evaluation: Evaluation, run: Path) -> DemoRow:
+    diseased = [row for row in evaluation.rows if row.score.reference_ml > 0]
+    healthy = [row for row in evaluation.rows if row.score.reference_ml == 0]
+    return DemoRow(
+        network=network,
+        part=part,
+        dice=bootstrap_interval(np.array([row.score.dice for row in diseased])),
+        num_exams=len(diseased),
+        num_missed=sum(row.score.status == "missed" for row in diseased),
+        lesion_f1=evaluation.summaries[0].lesions.f1,
+        num_lesion_free=len(healthy),
+        false_positives=sum(row.score.lesions.false_positive for row in healthy),
+        train_minutes=sum(float(row["seconds"]) for row in read_journal(run / "log.csv")) / 60,
+    )
+
+
+def _write_report(
+    folder: Path, rows: Sequence[DemoRow], evaluations: Mapping[tuple[str, str], Evaluation], model: Model
+) -> None:
+    """The comparison first, then TokenSeg's cases of both centres, scores, tokens and curves."""
+    sections = [Section("comparison", "Both networks, same time", _comparison(rows))]
+    tokens: list[TokenReport] = []
+    for part, name in PARTS.items():
+        evaluation, dataset = evaluations[TOKENSEG, part], open_dataset(folder / "cohort" / part)
+        found = tokens_of_selected(model, evaluation, dataset)
+        boxes = {each.case_id: token_boxes(each.tokens) for each in found}
+        views = evaluation_views(evaluation, dataset, boxes)
+        sections.append(viewer_section(views, f"cases-{part}", f"TokenSeg: {name}"))
+        tokens += found
+    for (network, part), evaluation in evaluations.items():
+        title = f"Scores of {NAMES[network]}: {PARTS[part]}"
+        sections.append(evaluation_section(evaluation, f"scores-{network}-{part}", title))
+    if tokens:
+        sections.append(tokens_section(tokens))
+    for network, name in NAMES.items():
+        journal = read_journal(folder / network / LOG_NAME)
+        sections.append(curves_section(journal, f"curves-{network}", f"Training of {name}"))
+    title = "TokenSeg demo: tumours in synthetic breast MRI"
+    write_page(folder / REPORT_NAME, title, _lead(rows[0], rows[1]), sections, date.today().isoformat())
+
+
+def _lead(ours: DemoRow, theirs: DemoRow) -> Html:
+    sentence = (
+        f"On {ours.num_exams} held-out exams with a lesion, TokenSeg reaches a mean Dice of {ours.dice.mean:.3f} after "
+        f"{ours.train_minutes:.1f} minutes of training on one CPU thread; MONAI UNet {theirs.dice.mean:.3f} after "
+        f"{theirs.train_minutes:.1f}."
+    )
+    return join((element("p", sentence, class_="result"), element("p", SYNTHETIC)))
+
+
+def _comparison(rows: Sequence[DemoRow]) -> Html:
+    titles = ("Network", "Exams", "Dice (95 % interval)", "Missed", "Lesion F1", "False positives", "Training (min)")
+    head = element("tr", *(element("th", title, scope="col", class_=_align(at)) for at, title in enumerate(titles)))
+    body = [
+        element("tr", *(element("td", cell, class_=_align(at)) for at, cell in enumerate(row_texts(row))))
+        for row in rows
+    ]
+    table = element("table", element("thead", head), element("tbody", *body))
+    return join((scrollable(table, "Both networks"), element("p", EXPLAINED, class_="help")))
+
+
+def _align(column: int) -> str | None:
+    return "number" if column > 1 else None
+
+
+def row_texts(row: DemoRow) -> tuple[str, ...]:
+    """The cells of a row as the report and the command line show them."""
+    return (
+        NAMES[row.network],
+        PARTS[row.part],
+        f"{row.dice.mean:.3f} ({row.dice.low:.3f} to {row.dice.high:.3f})",
+        f"{row.num_missed} of {row.num_exams}",
+        f"{row.lesion_f1:.2f}",
+        f"{row.false_positives} in {row.num_lesion_free}",
+        f"{row.train_minutes:.1f}",
+    )

@@ -1,0 +1,214 @@
+"""The reports of the verbs: a training, an evaluation, a segmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from tokenseg.checkpoint import Model
+from tokenseg.config import Plan
+from tokenseg.data.cases import Case, Dataset
+from tokenseg.data.datasets import load_image
+from tokenseg.data.inputs import read_input
+from tokenseg.data.volume import read_mask
+from tokenseg.evaluate import Evaluation
+from tokenseg.report.cases import evaluation_views, largest_first, segmentation_views, select_cases, token_boxes
+from tokenseg.report.curves import curves_section
+from tokenseg.report.markup import Html, element, join
+from tokenseg.report.page import Section, write_page
+from tokenseg.report.scores import (
+    evaluation_lead,
+    evaluation_section,
+    number_cell,
+    scrollable,
+    sortable_head,
+    tile,
+)
+from tokenseg.report.token_table import tokens_section
+from tokenseg.report.viewer import viewer_section
+from tokenseg.segment import CaseResult
+from tokenseg.tokens import TokenReport, report_tokens
+
+MAX_TOKENS_SHOWN = 3
+"""Segmented cases that are run once more for their tokens."""
+
+
+def train_report(
+    path: Path,
+    evaluation: Evaluation,
+    dataset: Dataset,
+    journal: Sequence[Mapping[str, str]],
+    facts: Mapping[str, str],
+    made: str,
+    *,
+    tokens: Sequence[TokenReport] = (),
+) -> None:
+    """Write the report of a training: its validation, its pictures, its curves.
+
+    Args:
+        path: The HTML file.
+        evaluation: Of the validation cases.
+        dataset: Where their images are.
+        journal: Rows of `log.csv`.
+        facts: What else to say of the run, such as steps, seed and fold, by name.
+        made: Date for the footer.
+        tokens: From `tokens_of_selected`; empty leaves them out.
+
+    Raises:
+        TokenSegError: A mask cannot be read, or the file cannot be written.
+    """
+    curves = curves_section(journal)
+    run = Section("run", "This run", fact_list(facts))
+    name = dataset.root.resolve().name
+    _write(path, f"Training on {name}", evaluation, dataset, tokens, (curves, run), made)
+
+
+def evaluation_report(
+    path: Path,
+    evaluation: Evaluation,
+    dataset: Dataset | None,
+    made: str,
+    *,
+    title: str = "Evaluation",
+    tokens: Sequence[TokenReport] = (),
+) -> None:
+    """Write the report of an evaluation.
+
+    Args:
+        path: The HTML file.
+        evaluation: What to show.
+        dataset: Where the images are; without one, contours stand alone.
+        made: Date for the footer.
+        title: Of the page.
+        tokens: From `tokens_of_selected`; empty leaves them out.
+
+    Raises:
+        TokenSegError: A mask cannot be read, or the file cannot be written.
+    """
+    _write(path, title, evaluation, dataset, tokens, (), made)
+
+
+def segmentation_report(
+    path: Path,
+    results: Sequence[CaseResult],
+    cases: Sequence[Case],
+    plan: Plan,
+    made: str,
+    *,
+    tokens: Sequence[TokenReport] = (),
+) -> None:
+    """Write the report of a segmentation: volumes, failed cases and why, and the largest findings in pictures.
+
+    Args:
+        path: The HTML file.
+        results: From `segment_files`.
+        cases: The same cases, from `list_inputs`.
+        plan: The settings of the model.
+        made: Date for the footer.
+        tokens: Of some of the cases; empty leaves them out.
+
+    Raises:
+        TokenSegError: A mask cannot be read, or the file cannot be written.
+    """
+    boxes = {each.case_id: token_boxes(each.tokens) for each in tokens}
+    views = segmentation_views(results, cases, plan, boxes)
+    names = [label.name for label in plan.labels]
+    sections = [viewer_section(views), Section("volumes", "Volumes", _volume_table(results, names))]
+    if tokens:
+        sections.append(tokens_section(tokens))
+    write_page(path, "Segmentation", _segmentation_lead(results, names), sections, made)
+
+
+def tokens_of_selected(model: Model, evaluation: Evaluation, dataset: Dataset) -> list[TokenReport]:
+    """Run a model once more on the cases that the report will show, for their tokens; near the reference boundary.
+
+    Args:
+        model: One with a token path; without one there is nothing to tell, and the list is empty.
+        evaluation: Says which cases, and where their references are.
+        dataset: Where their images are; cases that it does not have are left out.
+
+    Raises:
+        TokenSegError: An image or reference cannot be read or used.
+    """
+    if not model.facts.network.tokens:
+        return []
+    cases = {case.case_id: case for case in dataset.cases}
+    references = {row.case_id: row.reference for row in evaluation.rows}
+    return [
+        report_tokens(model, load_image(dataset, cases[case_id]), case_id, read_mask(references[case_id]))
+        for case_id, _ in select_cases(evaluation)
+        if case_id in cases
+    ]
+
+
+def tokens_of_largest(model: Model, results: Sequence[CaseResult], cases: Sequence[Case]) -> list[TokenReport]:
+    """Run a model once more on the three segmented cases with the largest findings, for their tokens.
+
+    Args:
+        model: One with a token path; without one there is nothing to tell, and the list is empty.
+        results: From `segment_files`.
+        cases: The same cases, from `list_inputs`.
+
+    Raises:
+        TokenSegError: An image cannot be read any more.
+    """
+    if not model.facts.network.tokens:
+        return []
+    by_id = {case.case_id: case for case in cases}
+    shown = [by_id[result.case_id] for result in largest_first(results)[:MAX_TOKENS_SHOWN]]
+    return [report_tokens(model, read_input(case, model.facts.plan), case.case_id) for case in shown]
+
+
+def fact_list(facts: Mapping[str, str]) -> Html:
+    """Names and what they stand for, one below the other."""
+    pairs = (join((element("dt", name), element("dd", fact))) for name, fact in facts.items())
+    return element("dl", *pairs, class_="run")
+
+
+def _write(
+    path: Path,
+    title: str,
+    evaluation: Evaluation,
+    dataset: Dataset | None,
+    tokens: Sequence[TokenReport],
+    more: Sequence[Section],
+    made: str,
+) -> None:
+    boxes = {each.case_id: token_boxes(each.tokens) for each in tokens}
+    sections = [viewer_section(evaluation_views(evaluation, dataset, boxes)), evaluation_section(evaluation)]
+    if tokens:
+        sections.append(tokens_section(tokens))
+    write_page(path, title, evaluation_lead(evaluation), [*sections, *more], made)
+
+
+def _segmentation_lead(results: Sequence[CaseResult], names: Sequence[str]) -> Html:
+    done = [result for result in results if result.mask is not None]
+    failed = len(results) - len(done)
+    sentence = f"{len(done)} of {len(results)} case{'' if len(results) == 1 else 's'} segmented"
+    ending = f"; {failed} failed, the reasons are in the table." if failed else "."
+    tiles = [tile("Failed", str(failed), f"of {len(results)}", bad=failed > 0)]
+    for name in names[:3]:
+        volumes = [result.volumes_ml[name] for result in done]
+        if volumes:
+            found = sum(volume > 0 for volume in volumes)
+            spread = f"{min(volumes):.2f} to {max(volumes):.2f} ml, found in {found} of {len(volumes)}"
+            tiles.append(tile(f"{name}, median", f"{median(volumes):.2f} ml", spread))
+    return join((element("p", sentence + ending, class_="result"), element("div", *tiles, class_="tiles")))
+
+
+def _volume_table(results: Sequence[CaseResult], names: Sequence[str]) -> Html:
+    columns = [("Case", False), *((f"{name} (ml)", True) for name in names), ("Error", False)]
+    rows = [
+        element(
+            "tr",
+            element("th", result.case_id, scope="row"),
+            *(number_cell(result.volumes_ml.get(name, math.nan), 2) for name in names),
+            element("td", result.error, class_="prose"),
+            class_="bad" if result.mask is None else None,
+        )
+        for result in results
+    ]
+    table = element("table", sortable_head(columns), element("tbody", *rows), class_="sortable")
+    return scrollable(table, "Volumes of each case", tall=True)

@@ -1,0 +1,1 @@
+"""Synthetic breast DCE-MRI: anatomy, lesions, contrast kinetics and a scanner, all seeded."""

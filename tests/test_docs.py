@@ -1,0 +1,95 @@
+"""The pages for users: every command runs, at tiny size, in the order in which it stands; links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokenseg.demo
+from phantoms import phantom, write_nifti
+from test_demo import TINY
+from tokenseg.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+TINY_TRAINING = ["--preset", "tiny", "--threads", "1"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line.startswith("tokenseg ")]
+
+
+def run(command: str, replaced: dict[str, str]) -> None:
+    words = [replaced.get(word, word) for word in shlex.split(command, comments=True)[1:]]
+    if words[0] == "train" and "--resume" not in words:
+        words += TINY_TRAINING
+    assert main(words) == 0, command
+
+
+def test_the_quickstart_works_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tokenseg.demo, "FULL", TINY)
+    completion, *rest = commands("quickstart.md")
+    binaries = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    subprocess.run(completion, shell=True, check=True, env=os.environ | {"PATH": binaries})
+    assert "complete" in (tmp_path / "tokenseg-completion.bash").read_text()
+    for command in rest:
+        run(command, {"2": "0.02"} if "train" in command.split() else {})
+    assert [command.split()[1] for command in rest] == ["demo", "cohort", "train", "segment", "evaluate", "tokens"]
+    pages = ["tokenseg-demo/report.html", "run/report.html", "masks.html", "scores.html", "tokens.png"]
+    assert all((tmp_path / page).stat().st_size > 10_000 for page in pages)
+
+
+def test_an_own_dataset_made_as_described_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (manifest,) = blocks("own-dataset.md", "json")
+    for number in range(5):
+        image, mask = phantom(number)
+        write_nifti(Path(f"DATASET/imagesTr/case_{number}_0000.nii.gz"), image[0])
+        write_nifti(Path(f"DATASET/labelsTr/case_{number}.nii.gz"), mask)
+    Path("DATASET/dataset.json").write_text(json.dumps(json.loads(manifest) | {"numTraining": 5}))
+    shutil.copytree("DATASET/imagesTr", "SCANS")
+    listed = commands("own-dataset.md")
+    assert [command.split()[1] for command in listed] == ["train", "train", "segment", "evaluate", "info"]
+    for command in listed:
+        run(command, {"60": "0.02", "REFERENCES": "DATASET"})
+    assert len(list(Path("masks").glob("*.nii.gz"))) == 5
+    shutil.copy("SCANS/case_0_0000.nii.gz", "scan.nii.gz")
+    (code,) = blocks("own-dataset.md", "python")
+    exec(compile(code, "own-dataset.md", "exec"), {})
+    assert Path("mask.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_pages_name_only_commands_and_options_that_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = set(re.findall(r"`tokenseg ([a-z]+)", page.read_text(encoding="utf-8")))
+    assert named <= set(COMMANDS) | {"benchmark"}
+    for command in commands(page.name):
+        verb, *words = shlex.split(command, comments=True)[1:]
+        if verb in COMMANDS:
+            with pytest.raises(SystemExit):
+                main([verb, "--help"])
+            told = capsys.readouterr().out
+            assert all(word in told for word in words if word.startswith("--")), command
+
+
+@pytest.mark.parametrize("page", [*DOCS, ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    assert missing == []
