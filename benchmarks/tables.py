@@ -60,9 +60,29 @@ def accuracy_table() -> str:
     return "\n".join(lines)
 
 
+def demo_table() -> str:
+    """Newest row of each network on each part of the synthetic cohort."""
+    newest = {(row["exams"], row["network"]): row for row in rows_of("demo.csv")}
+    lines = [
+        "| synthetic exams | network | training | Dice (95 % interval) | missed | lesion F1 | false positives |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for part, exams in (("test", "held out"), ("external", "external centre")):
+        for network in ("tokenseg", "monai-unet"):
+            row = newest[part, network]
+            dice, low, high = (f"{float(row[name]):.3f}" for name in ("dice", "dice_low", "dice_high"))
+            minutes = f"{float(row['train_minutes']):.1f}"
+            lines.append(
+                f"| {exams} | {ACCURACY_NAMES[network]} | {minutes} min | {dice} ({low} to {high}) "
+                f"| {row['n_missed']} of {row['n']} | {float(row['lesion_f1']):.2f} "
+                f"| {row['false_positives']} in {row['n_lesion_free']} |"
+            )
+    return "\n".join(lines)
+
+
 def fill(text: str) -> str:
     """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
-    for name, table in (("speed", speed_table), ("accuracy", accuracy_table)):
+    for name, table in (("speed", speed_table), ("accuracy", accuracy_table), ("demo", demo_table)):
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
     return text
@@ -76,4 +96,4 @@ if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         path.write_text(fill(path.read_text()))
     if len(sys.argv) == 1:
-        print(speed_table(), accuracy_table(), sep="\n\n")
+        print(speed_table(), accuracy_table(), demo_table(), sep="\n\n")

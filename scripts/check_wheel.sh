@@ -62,7 +62,8 @@ nibabel.save(nibabel.Nifti1Image(intensities, affine), "in.nii.gz")
 PYTHON
 
 tokenseg --version
-tokenseg segment in.nii.gz out.nii.gz --model model
+tokenseg segment in.nii.gz out.nii.gz --model model --report report.html
+test -s report.html
 
 python - <<'PYTHON'
 import nibabel

@@ -31,16 +31,16 @@ def test_first_command_stands_early() -> None:
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs = [command[0] for command in commands()]
-    assert verbs == ["train", "segment", "evaluate", "info"]
+    assert verbs == ["train", "segment", "evaluate", "tokens", "info"]
     write_msd(tmp_path / "DATASET", 5)
     shutil.copytree(tmp_path / "DATASET" / "imagesTr", tmp_path / "SCANS")
     monkeypatch.chdir(tmp_path)
-    places = {"REFERENCES": "DATASET", "60": "0.02"}
+    places = {"REFERENCES": "DATASET", "60": "0.02", "SCAN.nii.gz": "SCANS/case_000.nii.gz"}
     for command in commands():
         tiny = ["--preset", "tiny", "--threads", "1"] if command[0] == "train" else []
         assert main([places.get(word, word) for word in command] + tiny) == 0
     assert len(list((tmp_path / "masks").glob("*.nii.gz"))) == 5
-    assert (tmp_path / "scores.json").is_file()
+    assert all((tmp_path / name).is_file() for name in ("scores.json", "scores.html", "tokens.png"))
 
 
 def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +51,4 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.fill(README) == README
     assert tables.speed_table() in README
     assert tables.accuracy_table() in README
+    assert tables.demo_table() in README

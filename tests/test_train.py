@@ -22,7 +22,7 @@ from torch import Tensor
 from golden.regenerate import COLUMNS, CURVE, NUM_STEPS, train_shortly
 from phantoms import write_json, write_mamamia, write_msd, write_nifti, write_nnunet
 from tokenseg.checkpoint import load_model
-from tokenseg.config import NetworkConfig, Plan, TrainOptions
+from tokenseg.config import NetworkConfig, Plan, TrainConfig, TrainOptions
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError, TrainingError
 from tokenseg.model.network import TokenSeg, TokenSegOutput
 from tokenseg.progress import Silent
@@ -324,10 +324,26 @@ def test_what_was_asked_for_first_counts_on_resuming(dataset: Path, options: Tra
     run = tmp_path / "run"
     interrupted(dataset, run, replace(options, fold=1, seed=3), "preparing")
     before = json.loads((run / "run.json").read_text())
-    result = train(dataset, run, TrainOptions(resume=True, max_steps=99, preset="base", threads=1, device="cpu"))
+    result = train(dataset, run, TrainOptions(resume=True, max_minutes=9.0, preset="base", threads=1, device="cpu"))
     assert result.steps == 6
     assert json.loads((run / "run.json").read_text()) == before
     assert load_model(run).facts.training["fold"] == 1
+
+
+def test_a_finished_run_is_extended_and_never_shortened(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
+    run, told = tmp_path / "run", Told()
+    train(dataset, run, replace(options, max_steps=4))
+    before = read_journal(run / "log.csv")
+    assert train(dataset, run, replace(options, resume=True, max_steps=7), told).steps == 7
+    assert "extended from 4 to 7 steps; the learning rate follows the longer schedule" in told.messages
+    after = read_journal(run / "log.csv")
+    assert after[:4] == before
+    expected = [loop.learning_rate(TrainConfig(), step, 7) for step in (4, 5, 6)]
+    assert [float(row["learning_rate"]) for row in after[4:]] == pytest.approx(expected)
+    assert json.loads((run / "run.json").read_text())["total_steps"] == 7
+    assert load_model(run).facts.training["steps"] == 7
+    with pytest.raises(ConfigError, match=r"--max-steps 5: run .*run has 7; a run can be extended, not shortened"):
+        train(dataset, run, replace(options, resume=True, max_steps=5))
 
 
 def test_another_number_of_threads_is_noted(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """The command line: parse, call a verb, print, exit code.
 
 Results go to stdout, progress and logs to stderr. Exit code 0: done; 1: done, but some cases failed; 2: the request
-cannot be met, said in one line. Nothing heavy is imported before a command runs, so that `--help` is quick.
+cannot be met, said in one line; 130: interrupted; 141: who read the results went away, as `head` does. Nothing heavy is imported before a command runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from tokenseg.config import CohortOptions, DeviceName, TrainOptions
-from tokenseg.errors import ConfigError, TokenSegError
+from tokenseg.errors import ConfigError, FileError, TokenSegError
 from tokenseg.terminal import NOTICE, Terminal, print_demo, print_evaluation, say, say_not_scored
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Train:
     def execute(self) -> int:
         """Train, then print the validation table."""
         _needs_extra("train", "monai", "lightning_fabric")
+        _refuse_file(self.run)
         _quieten()
         from tokenseg.train import train
 
@@ -77,20 +79,17 @@ class Segment:
 
         from tokenseg.checkpoint import load_model
         from tokenseg.device import choose_device
-        from tokenseg.files import check_writable
         from tokenseg.segment import segment_files
 
         if self.threads is not None:
             if self.threads < 1:
                 raise ConfigError(f"--threads {self.threads}: must be at least 1")
             torch.set_num_threads(self.threads)
-        if self.report is not None:
-            check_writable(self.report.parent, self.report)
+        _check_outputs(report=self.report)
         device = choose_device(self.device)
         models = [load_model(path, device) for path in (self.model, *self.folds)]
         with Terminal() as terminal:
             results = segment_files(models, self.input, self.output, terminal)
-            self._write_report(models[0], results, terminal)
         failed = [result for result in results if result.mask is None]
         single = self.input.is_file()
         if single and failed:
@@ -103,9 +102,10 @@ class Segment:
         if not single:
             print(f"{len(results) - len(failed)} of {len(results)} cases segmented; {self.output / 'summary.csv'}")
         print(NOTICE)
+        self._write_report(models[0], results)
         return 1 if failed else 0
 
-    def _write_report(self, model: Model, results: list[CaseResult], terminal: Terminal) -> None:
+    def _write_report(self, model: Model, results: list[CaseResult]) -> None:
         if self.report is None:
             return
         from tokenseg.data.inputs import list_inputs
@@ -115,7 +115,7 @@ class Segment:
         cases = list_inputs(self.input, plan)
         tokens = tokens_of_largest(model, results, cases)
         segmentation_report(self.report, results, cases, plan, date.today().isoformat(), tokens=tokens)
-        terminal.message(f"report: {self.report}")
+        say(f"report: {self.report}")
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,8 @@ class Evaluate:
     def execute(self) -> int:
         """Score, print the table, write the files asked for."""
         from tokenseg.evaluate import evaluate_folders, write_csv, write_json
-        from tokenseg.files import check_writable
 
-        for path in (self.json, self.csv, self.report):
-            if path is not None:
-                check_writable(path.parent, path)
+        _check_outputs(json=self.json, csv=self.csv, report=self.report)
         evaluation = evaluate_folders(self.predictions, self.references, tolerance_mm=self.tolerance_mm)
         print_evaluation(evaluation)
         say_not_scored(evaluation)
@@ -177,12 +174,9 @@ class Tokens:
     def execute(self) -> int:
         """Find the tokens, print a table, write the files asked for."""
         from tokenseg.checkpoint import load_model
-        from tokenseg.files import check_writable
         from tokenseg.tokens import describe_tokens, tokens_of_case, write_json
 
-        for path in (self.json, self.picture):
-            if path is not None:
-                check_writable(path.parent, path)
+        _check_outputs(json=self.json, picture=self.picture)
         if self.picture is not None:
             from tokenseg.token_picture import check_can_draw
 
@@ -226,11 +220,13 @@ class Cohort:
         """Draw, then say where the exams are."""
         from tokenseg.cohort import write_cohort
 
+        _refuse_file(self.output)
         with Terminal() as terminal:
-            write_cohort(self.output, self.options, terminal)
-        for part in ("train", "test", "external"):
-            print(f"{part}: {getattr(self.options, part)} exams in {self.output / part}")
-        print(f"next: tokenseg train {self.output / 'train'} RUN --max-minutes 10")
+            facts = write_cohort(self.output, self.options, terminal)
+        for part in facts.parts:
+            print(f"{part.name}: {part.num_exams} exams in {part.folder}")
+        if self.options.train > 1:
+            print(f"next: tokenseg train {self.output / 'train'} RUN --max-minutes 10")
         print("All exams are synthetic: figures from them say nothing about patients.")
         return 0
 
@@ -245,6 +241,7 @@ class Demo:
     def execute(self) -> int:
         """Run the demo, print its table and how to go on."""
         _needs_extra("train", "monai", "lightning_fabric")
+        _refuse_file(self.output)
         _quieten()
         from tokenseg.demo import demo
 
@@ -265,33 +262,97 @@ COMMANDS: dict[str, Any] = {
 }
 
 
+_ENDINGS = {"json": ".json", "csv": ".csv", "report": ".html", "picture": ".png"}
+_READ_BACK = (
+    *("dataset.json", "model.json", "run.json", "splits.json", "fingerprint.json", "cohort.json", "lesions.json"),
+    *("summary.csv", "log.csv"),
+)
+"""Files that TokenSeg itself reads; an output must not take the place of one."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            # What is still buffered would fail at exit, where nothing can be said of it.
+            sys.stdout.flush()
+    except TokenSegError as error:
+        say(f"error: {error}")
+        return 2
+    except BrokenPipeError:
+        _give_up_stdout()
+        return 141
+    except OSError as error:
+        # What the library does not foresee: a folder that may not be listed, an unplugged disk.
+        say(f"error: {error.filename or 'a file'}: {error.strerror or error}")
+        _give_up_stdout()
+        return 2
+    except KeyboardInterrupt:
+        say(f"interrupted; {_how_to_go_on(arguments)}")
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         from tokenseg import __version__
 
         print(f"tokenseg {__version__}")
         return 0
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="tokenseg",
-        description=f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
-        return int(command.execute())
-    except TokenSegError as error:
-        say(f"error: {error}")
-        return 2
-    except OSError as error:
-        # What the library does not foresee: a folder that may not be listed, an unplugged disk.
-        say(f"error: {error.filename or 'a file'}: {error.strerror or error}")
-        return 2
-    except KeyboardInterrupt:
-        say(f"interrupted; {_how_to_go_on(command)}")
-        return 130
+        command: Any = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="tokenseg",
+            description=f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ModuleNotFoundError as error:
+        # The parser draws completion for some shells itself, and leaves the others to a package it does not require.
+        if error.name != "shtab":
+            raise
+        raise ConfigError("completion is for bash, zsh and fish; for tcsh, pip install shtab first") from error
+    return int(command.execute())
+
+
+def _give_up_stdout() -> None:
+    """Where the results cannot be printed, keep Python from trying again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_outputs(**paths: Path | None) -> None:
+    """Refuse what cannot be written, or would take the place of something else, before the work and not after.
+
+    Endings keep outputs apart from images and masks, and from each other.
+    """
+    from tokenseg.files import check_writable
+
+    for option, path in paths.items():
+        if path is None:
+            continue
+        given, ending = f"--{option} {path}", _ENDINGS[option]
+        if path.is_dir():
+            raise ConfigError(
+                f"{given}: this is a folder; name a file ending in {ending}, such as {path / option}{ending}"
+            )
+        if path.suffix.lower() != ending:
+            raise ConfigError(f"{given}: the name must end in {ending}; name it so")
+        if path.name in _READ_BACK and path.exists():
+            raise ConfigError(f"{given}: a file of this name is there, and TokenSeg reads it; choose another name")
+        blocking = next(parent for parent in path.parents if parent.exists())
+        if not blocking.is_dir():
+            raise FileError(f"output {path} cannot be written: {blocking} is a file, not a folder; name another place")
+        check_writable(path.parent, path)
+
+
+def _refuse_file(folder: Path) -> None:
+    if folder.is_file():
+        raise FileError(f"{folder} is a file; name a folder, which is made if it is not there")
 
 
 def _dataset_of(references: Path) -> Dataset | None:
@@ -304,10 +365,11 @@ def _dataset_of(references: Path) -> Dataset | None:
         return None
 
 
-def _how_to_go_on(command: object) -> str:
-    if isinstance(command, Train):
+def _how_to_go_on(arguments: list[str]) -> str:
+    if arguments[:1] == ["train"]:
         return "go on with the same command and --resume"
-    return "go on with the same command" if isinstance(command, Demo) else "files written so far are complete"
+    going_on = arguments[:1] in (["demo"], ["cohort"])
+    return "go on with the same command" if going_on else "files written so far are complete"
 
 
 def _needs_extra(extra: str, *modules: str) -> None:

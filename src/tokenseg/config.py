@@ -217,7 +217,8 @@ class TrainOptions:
     max_minutes: float | None = None
     """Time for the training steps; their number follows from a timed warm-up and is saved. Validation comes on top."""
     max_steps: int | None = None
-    """Number of training steps; without this and --max-minutes the plan says."""
+    """Number of training steps; without this and --max-minutes the plan says. With --resume, more than before extends
+    the run."""
     config: Path | None = None
     """TOML file with tables [plan], [network], [train] whose values replace planned ones."""
     device: DeviceName = "auto"

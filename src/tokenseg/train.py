@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -115,7 +115,7 @@ def train(
     with fabric.rank_zero_first():
         resumed = not fabric.is_global_zero or _may_resume(run_path, options, progress)
         setup = (
-            _load_setup(dataset_path, run_path, progress)
+            _extended(_load_setup(dataset_path, run_path, progress), run_path, options.max_steps, progress)
             if resumed
             else _new_setup(dataset_path, run_path, options, progress)
         )
@@ -238,6 +238,19 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
     if threads != torch.get_num_threads():
         progress.message(f"note: {threads} threads before, {torch.get_num_threads()} now: not bit-identical")
     return _Setup(dataset, read_run_config(run_path / "config.toml"), split, options, total_steps)
+
+
+def _extended(setup: _Setup, run_path: Path, max_steps: int | None, progress: Progress) -> _Setup:
+    """Give a resumed run more steps where `--max-steps` asks for more."""
+    before = setup.total_steps
+    if max_steps is None or before is None or max_steps == before:
+        return setup
+    if max_steps < before:
+        raise ConfigError(f"--max-steps {max_steps}: run {run_path} has {before}; a run can be extended, not shortened")
+    progress.message(f"extended from {before} to {max_steps} steps; the learning rate follows the longer schedule")
+    extended = replace(setup, total_steps=max_steps)
+    _write_run(run_path, extended)
+    return extended
 
 
 def _settle_steps(run: Fit, network: nn.Module, setup: _Setup, run_path: Path) -> int:

@@ -23,7 +23,7 @@ Points: TypeAlias = Float[np.ndarray, "points 3"]
 
 SMALLEST_MM, LARGEST_MM = 5.0, 40.0
 _REACH = 1.8  # of the radius: no part of a lesion is farther from its centre
-_UNEVENNESS: dict[LesionShape, float] = {"lobulated": 0.05, "spiculated": 0.09}
+_UNEVENNESS: dict[LesionShape, float] = {"lobulated": 0.03, "spiculated": 0.05}
 _COARSE_SAMPLES = 44
 _FINE_MM = 0.9
 _FINE_SHARE = 0.09  # of the radius: small lesions are sampled more finely
@@ -64,7 +64,7 @@ def draw_lesions(rng: np.random.Generator, count: int, anatomy: Anatomy, grid: S
     """
     lesions: list[Lesion] = []
     for _ in range(count):
-        diameter = SMALLEST_MM + (LARGEST_MM - SMALLEST_MM) * float(rng.beta(2.3, 2.1))
+        diameter = SMALLEST_MM + (LARGEST_MM - SMALLEST_MM) * float(rng.beta(2.6, 2.2))
         if lesions:  # a satellite is the smaller one
             diameter = min(diameter, rng.uniform(10, 18))
         while diameter >= SMALLEST_MM:
@@ -106,7 +106,7 @@ def lesion_maps(rng: np.random.Generator, lesion: Lesion, grid: ScanGrid) -> Les
 
 
 def _draw_lesion(rng: np.random.Generator, centre: Triple, diameter_mm: float) -> Lesion:
-    extracellular = rng.uniform(0.27, 0.38)
+    extracellular = rng.uniform(0.3, 0.4)
     return Lesion(
         centre_mm=centre,
         diameter_mm=diameter_mm,
@@ -192,11 +192,11 @@ def _stretched(rng: np.random.Generator, position: Mesh3) -> Mesh3:
 
 
 def _lobulated(rng: np.random.Generator, position: Mesh3, bumps: Field) -> Field:
-    """A body and four to seven lobes that bulge out of it, joined with soft furrows."""
+    """A body and four to six lobes that bulge out of it, joined with soft furrows."""
     position = _stretched(rng, position)
-    level = _ball(position, np.zeros(3), 0.6)
-    for direction in _spread_directions(rng, int(rng.integers(4, 8))):
-        lobe = _ball(position, direction * rng.uniform(0.5, 0.7), rng.uniform(0.33, 0.5))
+    level = _ball(position, np.zeros(3), 0.7)
+    for direction in _spread_directions(rng, int(rng.integers(4, 7))):
+        lobe = _ball(position, direction * rng.uniform(0.5, 0.65), rng.uniform(0.38, 0.5))
         blend = np.maximum(0.12 - np.abs(level - lobe), 0)
         level = np.minimum(level, lobe) - blend**2 / 0.48
     level += bumps
@@ -206,13 +206,13 @@ def _lobulated(rng: np.random.Generator, position: Mesh3, bumps: Field) -> Field
 def _spiculated(rng: np.random.Generator, position: Mesh3, bumps: Field) -> Field:
     """An uneven body and tapering spicules that radiate from it."""
     position = _stretched(rng, position)
-    level = _ball(position, np.zeros(3), 0.65)
+    level = _ball(position, np.zeros(3), 0.75)
     for direction in _spread_directions(rng, 4):
         level = np.minimum(level, _ball(position, direction * 0.4, rng.uniform(0.35, 0.5)))
     level += bumps  # on the body alone: on a spicule they would cut off its tip
     squares = sum(axis**2 for axis in position)
-    for direction in _spread_directions(rng, int(rng.integers(12, 19))):
-        length, thickness = rng.uniform(1.3, 1.7), rng.uniform(0.2, 0.3)
+    for direction in _spread_directions(rng, int(rng.integers(10, 16))):
+        length, thickness = rng.uniform(1.25, 1.55), rng.uniform(0.16, 0.25)
         along = sum(axis * np.float32(part) for axis, part in zip(position, direction, strict=True))
         across = np.sqrt(np.maximum(squares - along**2, 0))
         spicule = np.maximum(across - np.float32(thickness) * (1 - along / np.float32(length)), -along)
@@ -250,5 +250,5 @@ def _uptake(lesion: Lesion, depth: Field, patches: Field) -> Field:
         core = np.clip((depth + 0.1 * patches - 0.3) / 0.2, 0, 1)
         ring: Field = (1.15 - 0.85 * core) * np.exp(0.15 * patches)
         return ring
-    mottled: Field = 0.95 * np.exp(0.3 * patches)
+    mottled: Field = 0.95 * np.exp(0.25 * patches)
     return mottled
