@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -389,6 +392,204 @@ def test_output_below_a_regular_file(refused, model, tmp_path):
 
 
 @pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A folder with a scan, its mask, and a folder of masks as `segment` leaves it."""
+    scan, mask = phantom(0, shape=SMALL)
+    folder = tmp_path / "mine"
+    write_scan(folder / "scan.nii.gz", scan[0])
+    write_nifti(folder / "mask.nii.gz", mask)
+    write_nifti(folder / "masks" / "case.nii.gz", mask)
+    (folder / "masks" / "summary.csv").write_text("case,sphere_ml,error\ncase,1,\n")
+    (folder / "folder.html").mkdir()
+    (folder / "dataset.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name", "said"),
+    [
+        ("tokens", "json", "scan.nii.gz", "the name must end in .json; name it so"),
+        ("tokens", "json", "both.png", "the name must end in .json; name it so"),
+        ("tokens", "json", "dataset.json", "a file of this name is there, and TokenSeg reads it; choose another name"),
+        ("tokens", "picture", "tokens.jpg", "the name must end in .png; name it so"),
+        ("tokens", "picture", "masks", "this is a folder; name a file ending in .png, such as {}/picture.png"),
+        ("segment", "report", "scan.nii.gz", "the name must end in .html; name it so"),
+        ("segment", "report", "new.nii.gz", "the name must end in .html; name it so"),
+        ("segment", "report", "report", "the name must end in .html; name it so"),
+        ("segment", "report", "folder.html", "this is a folder; name a file ending in .html, such as {}/report.html"),
+        ("evaluate", "report", "mask.nii.gz", "the name must end in .html; name it so"),
+        ("evaluate", "json", "masks", "this is a folder; name a file ending in .json, such as {}/json.json"),
+        ("evaluate", "csv", "scores.json", "the name must end in .csv; name it so"),
+        ("evaluate", "csv", "masks/summary.csv", "a file of this name is there, and TokenSeg reads it; choose another"),
+    ],
+)
+def test_outputs_that_would_take_the_place_of_something(
+    refused, scored, model, monkeypatch, command, option, name, said
+):
+    def work(*_: object, **__: object) -> None:
+        pytest.fail("refused only after the work")
+
+    monkeypatch.setattr("tokenseg.checkpoint.load_model", work)
+    monkeypatch.setattr("tokenseg.evaluate.evaluate_folders", work)
+    before = contents(scored)
+    inputs = {
+        "tokens": [scored / "scan.nii.gz", "--model", model],
+        "segment": [scored / "scan.nii.gz", scored / "new.nii.gz", "--model", model],
+        "evaluate": [scored / "mask.nii.gz", scored / "mask.nii.gz"],
+    }
+    error = refused(command, *inputs[command], f"--{option}", scored / name)
+    assert error.startswith(f"--{option} {scored / name}: {said.format(scored / name)}")
+    assert contents(scored) == before
+
+
+@pytest.mark.parametrize("inner", ["report.html", "new/report.html"])
+def test_a_report_below_a_regular_file(refused, scored, inner):
+    (scored / "file").write_text("mine")
+    report = scored / "file" / inner
+    error = refused("evaluate", scored / "mask.nii.gz", scored / "mask.nii.gz", "--report", report)
+    assert error == (
+        f"output {report} cannot be written: {scored / 'file'} is a file, not a folder; name another place"
+    )
+
+
+def test_a_scan_that_cannot_be_segmented_gets_no_report(refused, model, tmp_path):
+    scan = tmp_path / "scan.nii.gz"
+    scan.write_bytes(b"")
+    error = refused("segment", scan, tmp_path / "mask.nii.gz", "--model", model, "--report", tmp_path / "report.html")
+    assert error == f"{scan} is truncated or empty; copy or download it again"
+    assert sorted(tmp_path.iterdir()) == [scan]
+
+
+@pytest.mark.parametrize("command", ["cohort", "demo", "train"])
+def test_a_file_where_a_folder_is_to_be_made(refused, tmp_path, command):
+    pytest.importorskip("monai")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    error = refused(command, *([tmp_path] if command == "train" else []), file)
+    assert error == f"{file} is a file; name a folder, which is made if it is not there"
+    assert file.read_text() == "mine"
+
+
+def test_a_demo_in_a_folder_of_the_users(refused, tmp_path):
+    pytest.importorskip("monai")
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "tokenseg").mkdir()
+    error = refused("demo", tmp_path)
+    assert error == f"{tmp_path} holds files that are not of a demo: report.html, tokenseg; name a new or empty folder"
+    assert contents(tmp_path) == {tmp_path / "report.html": b"mine"}
+    assert list((tmp_path / "tokenseg").iterdir()) == []
+
+
+def test_a_demo_in_a_folder_with_another_cohort(refused, tmp_path):
+    pytest.importorskip("monai")
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort" / "cohort.json").write_text('{"seed": 5, "version": 1}')
+    assert "holds a cohort of seed 5, asked for is seed 0; name another folder" in refused("demo", tmp_path)
+    assert len(contents(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--train", "0", "--test", "0", "--external", "0"], "--train, --test and --external are all 0; ask for at"),
+        (["--train", "-1"], "--train -1: must be at least 0"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+    ],
+)
+def test_cohorts_that_cannot_be(refused, tmp_path, options, said):
+    assert refused("cohort", tmp_path / "out", *options).startswith(said)
+    assert not (tmp_path / "out").exists()
+
+
+MANY_UNETS = """
+import signal, sys, time
+from pathlib import Path
+from tokenseg.demo import _unet_beside
+
+if __name__ == "__main__":
+    # Shells start background jobs deaf to Ctrl-C, and the tests may be one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _unet_beside(Path(sys.argv[1]), Path(sys.argv[2]), 3000):
+            time.sleep(300)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and process groups are of POSIX systems")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_ended_demo_leaves_no_training_behind(tmp_path, number):
+    """The pipe ends when the last process that holds it does."""
+    pytest.importorskip("monai")
+    dataset, run, script = write_msd(tmp_path / "ds", 2, shape=(32, 32, 32)), tmp_path / "run", tmp_path / "script.py"
+    script.write_text(MANY_UNETS)
+    command = [sys.executable, str(script), str(dataset), str(run)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        try:
+            while not (run / "log.csv").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)  # as a terminal does it
+            else:
+                process.send_signal(number)
+            printed, _ = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert printed == ""
+
+
+# ---- terminals and pipes
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes close so on POSIX systems")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "{model}"]])
+def test_a_reader_that_goes_away(model, arguments, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tokenseg", *(argument.format(model=model) for argument in arguments)]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, env=environment, text=True, timeout=120, check=False
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_results_that_cannot_be_printed(model, unbuffered):
+    command = [sys.executable, "-m", "tokenseg", "info", str(model)]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True, timeout=120, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (2, "error: a file: No space left on device\n")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(capsys, shell):
+    with pytest.raises(SystemExit) as ended:
+        main(["--tyro-print-completion", shell])
+    assert ended.value.code in (0, None)
+    printed = capsys.readouterr()
+    assert "cohort" in printed.out
+    assert printed.err == ""
+
+
+def test_completion_that_needs_a_package(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    error = refused("--tyro-print-completion", "tcsh")
+    assert error == "completion is for bash, zsh and fish; for tcsh, pip install shtab first"
+
+
+@pytest.fixture
 def full_disk(monkeypatch):
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -476,6 +677,31 @@ def test_masks_that_cannot_be_compared(refused, tmp_path):
     assert "hold no masks and are no usable dataset" in refused("evaluate", tmp_path / "a", tmp_path / "e")
     assert "predictions" in refused("evaluate", tmp_path / "nowhere", tmp_path / "a")
     assert "is a file and" in refused("evaluate", tmp_path / "a" / "x.nii.gz", tmp_path / "a")
+
+
+# ---- tokens
+
+
+def test_cases_whose_tokens_cannot_be_shown(refused, model, tmp_path):
+    scan, mask = phantom(0, shape=SMALL)
+    path = write_scan(tmp_path / "scan.nii.gz", scan[0])
+    write_nifti(tmp_path / "mask.nii.gz", mask, spacing_mm=(1, 1, 3))
+    dataset = write_msd(tmp_path / "ds", 3, shape=SMALL)
+    before = contents(tmp_path)
+
+    def said(case: Path, *options: str | Path, with_model: Path = model) -> str:
+        return refused("tokens", case, "--model", with_model, "--json", tmp_path / "new" / "t.json", *options)
+
+    assert said(tmp_path / "nowhere") == f"input {tmp_path / 'nowhere'} does not exist; check the path"
+    assert said(dataset) == (
+        f"{dataset} holds 3 cases (case_000, case_001, case_002); "
+        "give one image file, or a folder with the files of one case"
+    )
+    assert said(path, "--reference", tmp_path / "nowhere.nii.gz").startswith(f"{tmp_path / 'nowhere.nii.gz'} does not")
+    assert said(path, "--reference", tmp_path).startswith(f"{tmp_path} is not named as an image")
+    assert "and its reference are not on one grid" in said(path, "--reference", tmp_path / "mask.nii.gz")
+    assert said(path, with_model=tmp_path).startswith(f"{tmp_path} is not a model: model.json and weights")
+    assert contents(tmp_path) == before
 
 
 # ---- anything at all: a few bytes changed at random, and only a TokenSegError may come out

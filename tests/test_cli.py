@@ -13,6 +13,7 @@ import torch
 
 import tokenseg
 import tokenseg.checkpoint
+import tokenseg.cohort
 import tokenseg.segment
 from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
@@ -241,6 +242,14 @@ def test_the_script_and_the_module_are_the_same_program(tmp_path):
         assert "Unrecognized options: nothing" in wrong.stderr
 
 
+def test_cohort_tells_what_it_made(tmp_path, capsys):
+    assert main(["cohort", str(tmp_path), "--train", "0", "--test", "1", "--external", "0"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"test: 1 exams in {tmp_path / 'test'}",
+        "All exams are synthetic: figures from them say nothing about patients.",
+    ]
+
+
 # ---- wrong requests
 
 
@@ -323,6 +332,7 @@ def test_training_needs_its_extra(dataset, tmp_path, capsys, monkeypatch):
     [
         ("segment", "interrupted; files written so far are complete"),
         ("train", "interrupted; go on with the same command and --resume"),
+        ("cohort", "interrupted; go on with the same command"),
     ],
 )
 def test_interrupts_end_with_130_and_a_hint(dataset, model, tmp_path, capsys, monkeypatch, command, hint):
@@ -333,6 +343,11 @@ def test_interrupts_end_with_130_and_a_hint(dataset, model, tmp_path, capsys, mo
 
     monkeypatch.setattr(tokenseg.segment, "segment_volume", interrupt)
     monkeypatch.setattr(tokenseg.train, "open_dataset", interrupt)
+    monkeypatch.setattr(tokenseg.cohort, "make_exam", interrupt)
+    if command == "cohort":
+        assert main([command, str(tmp_path / "out")]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == hint
+        return
     paths = [str(dataset), str(tmp_path / "out"), *(["--model", str(model)] if command == "segment" else [])]
     assert main([command, *paths]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == hint

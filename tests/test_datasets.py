@@ -365,6 +365,15 @@ def test_no_layout_fits(tmp_path: Path):
     assert list_dataset_images(tmp_path) is None
 
 
+def test_a_folder_of_datasets_is_answered_with_their_names(tmp_path):
+    write_msd(tmp_path / "b", 2)
+    (tmp_path / "a" / "images").mkdir(parents=True)
+    (tmp_path / "a" / "segmentations" / "expert").mkdir(parents=True)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(DataError, match=r"no known dataset layout.*\. Datasets in it: a, b; give one of them$"):
+        open_dataset(tmp_path)
+
+
 def test_missing_folder(tmp_path: Path):
     with pytest.raises(FileError, match=r"nowhere is not a folder; give the folder that holds dataset.json"):
         open_dataset(tmp_path / "nowhere")

@@ -32,7 +32,7 @@ from tokenseg.training.journal import read_journal
 
 SHAPE = (20, 20, 16)
 OPTIONS = TrainOptions(preset="tiny", max_steps=6, device="cpu", threads=1)
-RESUME = replace(OPTIONS, resume=True)
+RESUME = replace(OPTIONS, resume=True, max_steps=None)
 
 
 class Told(Silent):
@@ -114,7 +114,7 @@ def tensors_are_finite(path: Path) -> bool:
 def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
     # TensorBoard is an extra.
     assert {path.name for path in straight.iterdir()} - {"tensorboard"} == {
-        "config.toml", "run.json", "fingerprint.json", "splits.json", "cache", "log.csv", "state.safetensors",
+        "config.toml", "run.json", "fingerprint.json", "splits.json", "cache", "log.csv", "state.safetensors", "report.html",
         "model", "validation",
     }  # fmt: skip
     assert {path.name for path in (straight / "model").iterdir()} == {"weights.safetensors", "model.json", "README.md"}
@@ -144,7 +144,7 @@ def test_no_file_of_a_run_is_a_pickle(dataset: Path, options: TrainOptions, tmp_
     files.remove(boards[0])
     named = [path for path in files if not path.name.startswith("events.out.tfevents.")]
     assert {"".join(path.suffixes) for path in named} == {
-        ".json", ".csv", ".toml", ".npy", ".safetensors", ".md", ".nii.gz",
+        ".json", ".csv", ".toml", ".npy", ".safetensors", ".md", ".html", ".nii.gz",
     }  # fmt: skip
     assert not [path for path in files if path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")]
     for path in files:

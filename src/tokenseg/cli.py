@@ -1,7 +1,8 @@
 """The command line: parse, call a verb, print, exit code.
 
 Results go to stdout, progress and logs to stderr. Exit code 0: done; 1: done, but some cases failed; 2: the request
-cannot be met, said in one line; 130: interrupted; 141: who read the results went away, as `head` does. Nothing heavy is imported before a command runs, so that `--help` is quick.
+cannot be met, said in one line; 130: interrupted; 141: whoever read the results went away, as `head` does. Nothing
+heavy is imported before a command runs, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -268,6 +269,7 @@ _READ_BACK = (
     *("summary.csv", "log.csv"),
 )
 """Files that TokenSeg itself reads; an output must not take the place of one."""
+_DESCRIPTION = f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version."
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -305,13 +307,13 @@ def _run(arguments: list[str]) -> int:
         command: Any = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="tokenseg",
-            description=f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version.",
+            description=_DESCRIPTION,
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         # The parser draws completion for some shells itself, and leaves the others to a package it does not require.
-        if error.name != "shtab":
+        if "shtab" not in str(error):
             raise
         raise ConfigError("completion is for bash, zsh and fish; for tcsh, pip install shtab first") from error
     return int(command.execute())

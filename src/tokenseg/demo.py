@@ -14,23 +14,30 @@ come out the same each time; the numbers are such that both need about the same 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
 from tokenseg.checkpoint import Model, load_model
-from tokenseg.cohort import write_cohort
+from tokenseg.cohort import COHORT_NAME, write_cohort
 from tokenseg.config import CohortOptions, PresetName, TrainOptions
+from tokenseg.data.cases import first_few
 from tokenseg.data.datasets import open_dataset
 from tokenseg.data.inputs import list_inputs
-from tokenseg.errors import TrainingError
+from tokenseg.errors import ConfigError, TokenSegError, TrainingError
 from tokenseg.evaluate import Evaluation, evaluate_folders
-from tokenseg.files import write_atomically
+from tokenseg.files import check_writable, write_atomically
 from tokenseg.metrics import Interval, bootstrap_interval
 from tokenseg.peers import monai_unet
 from tokenseg.progress import Progress, Silent
@@ -65,9 +72,9 @@ class DemoSize:
 
     cohort: CohortOptions = field(default_factory=CohortOptions)
     preset: PresetName = "small"
-    steps: int = 900
+    steps: int = 700
     """Training steps of TokenSeg."""
-    unet_steps: int = 450
+    unet_steps: int = 268
     """Training steps of MONAI UNet, in about the same time."""
 
 
@@ -108,7 +115,7 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
     """Make the cohort, train both networks at the same time, segment, evaluate, write the report.
 
     Args:
-        folder: Everything goes in here; an interrupted demo is gone on with.
+        folder: Everything goes in here, so it must be new, empty, or of an earlier demo, which is gone on with.
         progress: Told about the work.
         size: Smaller for tests.
 
@@ -117,6 +124,7 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
     """
     progress, size = progress or Silent(), size or FULL
     cohort = folder / "cohort"
+    _refuse_foreign(folder)
     write_cohort(cohort, size.cohort, progress)
     with _unet_beside(cohort / "train", folder / UNET, size.unet_steps):
         _train_tokenseg(cohort / "train", folder / TOKENSEG, size, progress)
@@ -139,8 +147,34 @@ def _train_tokenseg(dataset: Path, run: Path, size: DemoSize, progress: Progress
         train(dataset, run, _options(run, size.steps, size.preset), progress)
 
 
-def _train_unet(dataset: Path, run: Path, steps: int) -> None:
-    train(dataset, run, _options(run, steps), make_network=monai_unet)
+def _refuse_foreign(folder: Path) -> None:
+    """The cohort is the first thing that a demo writes; other files without one are the user's."""
+    check_writable(folder, folder)
+    if folder.is_dir() and not (folder / "cohort" / COHORT_NAME).exists():
+        foreign = sorted({path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"cohort"})
+        if foreign:
+            raise ConfigError(
+                f"{folder} holds files that are not of a demo: {first_few(foreign)}; name a new or empty folder"
+            )
+
+
+def _train_unet(dataset: Path, run: Path, steps: int, complaints: Connection) -> None:
+    """Train in a process of its own, which speaks to no one but its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    try:
+        train(dataset, run, _options(run, steps), make_network=monai_unet)
+    except TokenSegError as error:
+        complaints.send_bytes(str(error).encode())
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its daemons; going on, this one would be in the way of the next demo."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _options(run: Path, steps: int, preset: PresetName = "small") -> TrainOptions:
@@ -157,9 +191,11 @@ def _unet_beside(dataset: Path, run: Path, steps: int) -> Iterator[None]:
     if (run / "validation" / "scores.json").exists():
         yield
         return
-    # A daemon ends with this process, whatever happens to it.
-    process = multiprocessing.get_context("spawn").Process(target=_train_unet, args=(dataset, run, steps), daemon=True)
-    process.start()
+    context = multiprocessing.get_context("spawn")
+    complaints, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_train_unet, args=(dataset, run, steps, sender), daemon=True)
+    with _interrupts_ignored():
+        process.start()
     try:
         yield
     except BaseException:
@@ -168,9 +204,21 @@ def _unet_beside(dataset: Path, run: Path, steps: int) -> Iterator[None]:
         raise
     process.join()
     if process.exitcode != 0:
-        raise TrainingError(
-            f"the training of MONAI UNet in {run} ended with code {process.exitcode}; run the same command again"
-        )
+        reason = complaints.recv_bytes().decode() if complaints.poll() else f"it ended with code {process.exitcode}"
+        raise TrainingError(f"the training of MONAI UNet in {run} broke down: {reason}; run the same command again")
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process started in here does not hear Ctrl-C: its parent does, and ends it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _segment_and_evaluate(model: Model, dataset: Path, masks: Path, progress: Progress) -> Evaluation:
@@ -199,34 +247,38 @@ def _write_report(
     folder: Path, rows: Sequence[DemoRow], evaluations: Mapping[tuple[str, str], Evaluation], model: Model
 ) -> None:
     """The comparison first, then TokenSeg's cases of both centres, scores, tokens and curves."""
-    sections = [Section("comparison", "Both networks, same time", _comparison(rows))]
+    sections = [Section("comparison", "Comparison", _comparison(rows))]
     tokens: list[TokenReport] = []
     for part, name in PARTS.items():
         evaluation, dataset = evaluations[TOKENSEG, part], open_dataset(folder / "cohort" / part)
         found = tokens_of_selected(model, evaluation, dataset)
         boxes = {each.case_id: token_boxes(each.tokens) for each in found}
         views = evaluation_views(evaluation, dataset, boxes)
-        sections.append(viewer_section(views, f"cases-{part}", f"TokenSeg: {name}"))
+        sections.append(viewer_section(views, f"cases-{part}", name.capitalize()))
         tokens += found
     for (network, part), evaluation in evaluations.items():
-        title = f"Scores of {NAMES[network]}: {PARTS[part]}"
+        title = f"{NAMES[network]}, {PARTS[part]}"
         sections.append(evaluation_section(evaluation, f"scores-{network}-{part}", title))
     if tokens:
         sections.append(tokens_section(tokens))
     for network, name in NAMES.items():
         journal = read_journal(folder / network / LOG_NAME)
-        sections.append(curves_section(journal, f"curves-{network}", f"Training of {name}"))
+        sections.append(curves_section(journal, f"curves-{network}", f"{name}, training"))
     title = "TokenSeg demo: tumours in synthetic breast MRI"
-    write_page(folder / REPORT_NAME, title, _lead(rows[0], rows[1]), sections, date.today().isoformat())
+    write_page(folder / REPORT_NAME, title, _lead(rows), sections, date.today().isoformat())
 
 
-def _lead(ours: DemoRow, theirs: DemoRow) -> Html:
-    sentence = (
+def _lead(rows: Sequence[DemoRow]) -> Html:
+    ours, theirs, *outside = rows
+    drops = (100 * (row.dice.mean - other.dice.mean) for row, other in zip((ours, theirs), outside, strict=True))
+    sentences = (
         f"On {ours.num_exams} held-out exams with a lesion, TokenSeg reaches a mean Dice of {ours.dice.mean:.3f} after "
         f"{ours.train_minutes:.1f} minutes of training on one CPU thread; MONAI UNet {theirs.dice.mean:.3f} after "
-        f"{theirs.train_minutes:.1f}."
+        f"{theirs.train_minutes:.1f}. ",
+        "On exams of another centre they lose {:.1f} and {:.1f} points.".format(*drops),
     )
-    return join((element("p", sentence, class_="result"), element("p", SYNTHETIC)))
+    shown = "The pictures are of TokenSeg."
+    return join((element("p", *sentences, class_="result"), element("p", f"{SYNTHETIC} {shown}")))
 
 
 def _comparison(rows: Sequence[DemoRow]) -> Html:

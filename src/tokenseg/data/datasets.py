@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenseg.data.cases import Case, Dataset, LayoutName
+from tokenseg.data.cases import Case, Dataset, LayoutName, first_few
 from tokenseg.data.mamamia import is_mamamia, list_mamamia_images, read_mamamia
 from tokenseg.data.manifest import read_json
 from tokenseg.data.msd import list_msd_images, read_msd
@@ -45,7 +45,9 @@ def open_dataset(path: Path) -> Dataset:
         raise FileError(f"dataset {path} is not a folder; give the folder that holds dataset.json or images/")
     layout = _detect(path)
     if layout is None:
-        raise DataError(f"{path} has no known dataset layout; looked for {_LOOKED_FOR}")
+        inner = [each.name for each in sorted(path.iterdir()) if is_mamamia(each) or (each / "dataset.json").is_file()]
+        hint = f". Datasets in it: {first_few(inner)}; give one of them" if inner else ""
+        raise DataError(f"{path} has no known dataset layout; looked for {_LOOKED_FOR}{hint}")
     if layout.name == "msd":
         return read_msd(path, layout.manifest)
     if layout.name == "nnunet":

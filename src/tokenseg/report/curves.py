@@ -28,7 +28,8 @@ def curves_section(rows: Sequence[Mapping[str, str]], anchor: str = "curves", ti
         title: Its heading.
     """
     parts = [(name, _line(rows, column, name)) for column, name in _PARTS.items()]
-    losses = [line for _, line in parts if len(line.values)]
+    # A network without tokens logs zeros for their losses.
+    losses = [line for _, line in parts if np.any(line.values)]
     charts = [_single(rows, "Loss", "loss", "loss", smooth=True)]
     if losses:
         charts.append(line_chart("Parts of the loss", losses, "loss (log scale)", log=True))
