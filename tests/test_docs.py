@@ -20,6 +20,7 @@ from tokenseg.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+MASK = "DATASET/labelsTr/case_0.nii.gz"
 TINY_TRAINING = ["--preset", "tiny", "--threads", "1"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
@@ -69,6 +70,9 @@ def test_an_own_dataset_made_as_described_works(tmp_path: Path, monkeypatch: pyt
     for command in listed:
         run(command, {"60": "0.02", "REFERENCES": "DATASET"})
     assert len(list(Path("masks").glob("*.nii.gz"))) == 5
+    for command in commands("tokens.md"):
+        run(command, {"SCAN.nii.gz": "SCANS/case_0_0000.nii.gz", "RUN": "run", "MASK.nii.gz": MASK})
+    assert {"tokens.json", "tokens.png"} <= {path.name for path in Path().iterdir()}
     shutil.copy("SCANS/case_0_0000.nii.gz", "scan.nii.gz")
     (code,) = blocks("own-dataset.md", "python")
     exec(compile(code, "own-dataset.md", "exec"), {})

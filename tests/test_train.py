@@ -114,8 +114,8 @@ def tensors_are_finite(path: Path) -> bool:
 def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
     # TensorBoard is an extra.
     assert {path.name for path in straight.iterdir()} - {"tensorboard"} == {
-        "config.toml", "run.json", "fingerprint.json", "splits.json", "cache", "log.csv", "state.safetensors", "report.html",
-        "model", "validation",
+        "config.toml", "run.json", "fingerprint.json", "splits.json", "cache", "log.csv", "state.safetensors",
+        "report.html", "model", "validation",
     }  # fmt: skip
     assert {path.name for path in (straight / "model").iterdir()} == {"weights.safetensors", "model.json", "README.md"}
     held_out = json.loads((straight / "splits.json").read_text())[0]["val"]
