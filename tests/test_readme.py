@@ -14,6 +14,7 @@ from phantoms import write_msd
 from tokenseg.cli import main
 
 ROOT = Path(__file__).parents[1]
+NEAR = ("share", "base_rate", "ceiling")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -52,3 +53,20 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.speed_table() in README
     assert tables.accuracy_table() in README
     assert tables.demo_table() in README
+
+
+def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tables
+
+    monkeypatch.delitem(sys.modules, "tables")
+    claims = (ROOT / "docs" / "paper-claims.md").read_text(encoding="utf-8")
+    near = {row["dataset"]: row for row in tables.rows_of("near_boundary.csv") if float(row["radius_mm"]) == 2}
+    share, base_rate, ceiling = (f"{100 * float(near['SyntheticBreast'][name]):.1f} %" for name in NEAR)
+    assert f"synthetic breast tumours: {share}, base rate {base_rate}, ceiling {ceiling}" in claims
+    share, base_rate, ceiling = (100 * float(near["Task04_Hippocampus"][name]) for name in NEAR)
+    assert f"hippocampus: {share:.1f} %, base rate {base_rate:.0f} %, ceiling {ceiling:.0f} %" in claims
+    dice = {
+        row["exams"]: 100 * float(row["dice"]) for row in tables.rows_of("demo.csv") if row["network"] == "tokenseg"
+    }
+    assert f"{dice['external']:.1f} %, {dice['test'] - dice['external']:.1f} points less" in claims
