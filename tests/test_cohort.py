@@ -64,6 +64,7 @@ def test_facts_and_progress_say_what_was_made(made):
 
 def test_the_reader_of_real_exams_reads_it(made):
     dataset = open_dataset(made[0].folder / "train")
+    assert dataset.reason.endswith("; the exams are synthetic (lesions.json)")
     assert (dataset.layout, dataset.source_channels) == ("mamamia", ("phase0", "phase1"))
     assert [case.case_id for case in dataset.cases] == ["SYN_000", "SYN_001"]
     for case in dataset.cases:

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from tokenseg.config import CohortOptions
+from tokenseg.data.mamamia import LESIONS_NAME
 from tokenseg.data.manifest import read_json
 from tokenseg.data.volume import Volume, write_mask, write_volume
 from tokenseg.errors import ConfigError, FileError
@@ -26,7 +27,6 @@ from tokenseg.synthetic.scanner import CentreName
 PartName: TypeAlias = Literal["train", "test", "external"]
 
 COHORT_NAME = "cohort.json"
-LESIONS_NAME = "lesions.json"
 README_NAME = "README.txt"
 VERSION = 1
 """Of the exams: another number means other images from the same seed."""

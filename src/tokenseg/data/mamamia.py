@@ -18,6 +18,8 @@ from tokenseg.errors import DataError
 
 SOURCE_CHANNELS = ("phase0", "phase1")
 CHANNELS = ("phase1", "phase1 - phase0")
+LESIONS_NAME = "lesions.json"
+"""Beside the exams of a synthetic cohort, whose figures must not pass for those of patients."""
 _SPLITS_NAME = "train_test_splits.csv"
 
 
@@ -50,6 +52,8 @@ def read_mamamia(root: Path) -> Dataset:
         train = _train_split(root / _SPLITS_NAME)
         chosen = tuple(case for case in patients if case.case_id.casefold() in train)
         reason += f"; {len(chosen)} of the {len(train)} patients of train_split in {_SPLITS_NAME} are there and train"
+    if (root / LESIONS_NAME).is_file():
+        reason += f"; the exams are synthetic ({LESIONS_NAME})"
     _check_phases(chosen, root)
     expert = root / "segmentations" / "expert"
     labelled = [
