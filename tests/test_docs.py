@@ -54,6 +54,9 @@ def test_the_quickstart_works_from_top_to_bottom(tmp_path: Path, monkeypatch: py
     assert [command.split()[1] for command in rest] == ["demo", "cohort", "train", "segment", "evaluate", "tokens"]
     pages = ["tokenseg-demo/report.html", "run/report.html", "masks.html", "scores.html", "tokens.png"]
     assert all((tmp_path / page).stat().st_size > 10_000 for page in pages)
+    # Where a figure comes from synthetic exams, its page says so.
+    for page in ("tokenseg-demo/report.html", "run/report.html", "scores.html"):
+        assert "exams are synthetic" in (tmp_path / page).read_text()
 
 
 def test_an_own_dataset_made_as_described_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,7 +180,9 @@ def _write(
     sections = [viewer_section(evaluation_views(evaluation, dataset, boxes)), evaluation_section(evaluation)]
     if tokens:
         sections.append(tokens_section(tokens))
-    write_page(path, title, evaluation_lead(evaluation), [*sections, *more], made)
+    # The layout's reason also says where exams are synthetic.
+    origin = element("p", f"Images and references: {dataset.reason}.", class_="help") if dataset else ""
+    write_page(path, title, join((evaluation_lead(evaluation), origin)), [*sections, *more], made)
 
 
 def _segmentation_lead(results: Sequence[CaseResult], names: Sequence[str]) -> Html:
