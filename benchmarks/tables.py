@@ -1,6 +1,8 @@
-"""The README's tables, made from the rows beside this file.
+"""The tables of README and docs, made from the rows beside this file.
 
-Usage: python benchmarks/tables.py [README.md]   (with a file: replaces the text between its table markers)
+Usage: python benchmarks/tables.py [README.md docs/synthetic-cohort.md]
+
+With files it replaces the text between their table markers.
 """
 
 from __future__ import annotations
@@ -80,9 +82,19 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def threshold_table() -> str:
+    """How hard the synthetic cohort is for a threshold."""
+    lines = ["| part | stored intensities | z-scored over all phases, as for the network |", "|---|---|---|"]
+    for row in rows_of("threshold.csv"):
+        stored, zscored = (f"{float(row[name]):.2f}" for name in ("dice_stored", "dice_zscored"))
+        lines.append(f"| {row['part']} | {stored} | {zscored} |")
+    return "\n".join(lines)
+
+
 def fill(text: str) -> str:
     """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
-    for name, table in (("speed", speed_table), ("accuracy", accuracy_table), ("demo", demo_table)):
+    tables = {"speed": speed_table, "accuracy": accuracy_table, "demo": demo_table, "threshold": threshold_table}
+    for name, table in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: match[1] + table() + "\n" + match[2], text, flags=re.DOTALL)
     return text
@@ -96,4 +108,4 @@ if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         path.write_text(fill(path.read_text()))
     if len(sys.argv) == 1:
-        print(speed_table(), accuracy_table(), demo_table(), sep="\n\n")
+        print(speed_table(), accuracy_table(), demo_table(), threshold_table(), sep="\n\n")

@@ -85,7 +85,7 @@ def test_an_own_dataset_made_as_described_works(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_pages_name_only_commands_and_options_that_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"`tokenseg ([a-z]+)", page.read_text(encoding="utf-8")))
-    assert named <= set(COMMANDS) | {"benchmark"}
+    assert named <= set(COMMANDS)
     for command in commands(page.name):
         verb, *words = shlex.split(command, comments=True)[1:]
         if verb in COMMANDS:

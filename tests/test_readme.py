@@ -50,6 +50,9 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delitem(sys.modules, "tables")
     assert tables.fill(README) == README
+    cohort = (ROOT / "docs" / "synthetic-cohort.md").read_text(encoding="utf-8")
+    assert tables.fill(cohort) == cohort
+    assert tables.threshold_table() in cohort
     assert tables.speed_table() in README
     assert tables.accuracy_table() in README
     assert tables.demo_table() in README

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenseg import NOTICE
 from tokenseg.errors import FileError
 from tokenseg.report.markup import Html, data_block, element, join
-from tokenseg.report.page import NOTICE, Section, write_page
+from tokenseg.report.page import Section, write_page
 
 EVIL = "<img src=x onerror=alert(1)> \"' & </script><!--"
 

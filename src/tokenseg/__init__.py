@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tokenseg.segment import segment_volume
 
 __version__ = version("tokenseg")
+NOTICE = "Research software: not a medical device."
+"""Stands wherever a user sees results."""
 
 _HOME = {
     "Model": "tokenseg.checkpoint",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import NetworkConfig, Plan
-from tokenseg.data.preprocess import GridRecord, prepare_image, restore_logits
+from tokenseg.data.preprocess import GridRecord, prepare_image, restore_logits, turn_to_ras
 from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenRecord, TokenSegOutput
 from tokenseg.model.quantizer import FiniteScalarQuantizer
 from tokenseg.segment import check_finite, pad_to_window, predict_logits, window_corners
 from tokenseg.shapes import BoolMask, Images
-
-_Element = TypeVar("_Element", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,26 +70,23 @@ class CaseTokens:
         return real
 
 
-def find_tokens(model: Model, volume: Volume, num_kept: int | None = None) -> CaseTokens:
+def find_tokens(model: Model, volume: Volume) -> CaseTokens:
     """Segment a volume and keep what the tokenizer did in each pass.
 
     Args:
         model: A model with a token path.
         volume: Must bring the channels that the model expects, by name.
-        num_kept: K, tokens kept in each pass; None takes the model's own.
 
     Raises:
-        ConfigError: The model has no tokens, or K is below 1.
+        ConfigError: The model has no tokens.
         DataError: A channel is missing.
         ModelError: The network gives NaN or infinity.
     """
     check_has_tokens(model)
-    if num_kept is not None and num_kept < 1:
-        raise ConfigError(f"num_kept is {num_kept}; at least 1 token must be kept")
     plan = model.facts.plan
     prepared = prepare_image(volume, plan)
     record = prepared.record
-    listening = _Listening(model.network, num_kept)
+    listening = _Listening(model.network)
     logits = predict_logits(listening, prepared.image, plan, model.device)
     check_finite(logits, model)
     padded, start = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
@@ -112,7 +107,7 @@ def find_tokens(model: Model, volume: Volume, num_kept: int | None = None) -> Ca
         score=_stacked([each.score for each in importance]),
         code=_stacked([each.codes for each in records]),
         num_codes=_num_codes(model.facts.network),
-        prediction=turn_to_ras(restore_logits(logits, record, plan) != 0, record),
+        prediction=turn_to_ras(restore_logits(logits, record, plan) != 0, record.axes, record.flipped),
         record=record,
     )
 
@@ -130,12 +125,6 @@ def check_has_tokens(model: Model) -> None:
         )
 
 
-def turn_to_ras(array: np.ndarray[Any, np.dtype[_Element]], record: GridRecord) -> np.ndarray[Any, np.dtype[_Element]]:
-    """Turn an array (X, Y, Z) from the stored axes of a scan to RAS+ (a view)."""
-    steps = tuple(slice(None, None, -1 if flip else 1) for flip in record.flipped)
-    return array[steps].transpose(np.argsort(record.axes))
-
-
 class _Pass(NamedTuple):
     """Where one pass of the network lies, in voxels of the prepared image."""
 
@@ -148,13 +137,13 @@ class _Pass(NamedTuple):
 class _Listening(nn.Module):
     """A network that remembers the token record of each of its passes."""
 
-    def __init__(self, network: nn.Module, num_kept: int | None) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.num_kept = network, num_kept
+        self.network = network
         self.records: list[TokenRecord] = []
 
     def forward(self, images: Images) -> TokenSegOutput:
-        output: TokenSegOutput = self.network(images, self.num_kept)
+        output: TokenSegOutput = self.network(images)
         if output.tokens is not None:
             self.records.append(output.tokens)
         return output

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from tokenseg import NOTICE
 from tokenseg.config import CohortOptions, DeviceName, TrainOptions
 from tokenseg.errors import ConfigError, FileError, TokenSegError
-from tokenseg.terminal import NOTICE, Terminal, print_demo, print_evaluation, say, say_not_scored
+from tokenseg.terminal import Terminal, print_demo, print_evaluation, say, say_not_scored
 
 if TYPE_CHECKING:
     from tokenseg.checkpoint import Model

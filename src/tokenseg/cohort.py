@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from tokenseg.config import CohortOptions
+from tokenseg.data.cases import first_few
 from tokenseg.data.mamamia import LESIONS_NAME
 from tokenseg.data.manifest import read_json
 from tokenseg.data.volume import Volume, write_mask, write_volume
@@ -32,7 +33,6 @@ VERSION = 1
 """Of the exams: another number means other images from the same seed."""
 NOTICE = "Synthetic images, simulated by TokenSeg; not of any patient, not for any clinical conclusion."
 
-_NUM_SHOWN = 5
 _WITHOUT_LESION, _WITH_TWO = 0.1, 0.12
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -120,9 +120,8 @@ def _claim(folder: Path, options: CohortOptions) -> None:
         remove_leftovers(inner)
     foreign = sorted(_visible_files(folder) - (set(_expected_files(options)) if is_ours else set()))
     if foreign:
-        more = f" and {len(foreign) - _NUM_SHOWN} more" if len(foreign) > _NUM_SHOWN else ""
         raise FileError(
-            f"{folder} holds files that are no part of this cohort: {', '.join(foreign[:_NUM_SHOWN])}{more}; "
+            f"{folder} holds files that are no part of this cohort: {first_few(foreign)}; "
             "name an empty folder, or ask for at least as many exams as it has"
         )
     write_atomically(marker, _json({"notice": NOTICE, "seed": options.seed, "version": VERSION}))

@@ -188,7 +188,7 @@ def _is_finished(run: Path) -> bool:
 @contextmanager
 def _unet_beside(dataset: Path, run: Path, steps: int) -> Iterator[None]:
     """Train the UNet in a process of its own while the body runs."""
-    if (run / "validation" / "scores.json").exists():
+    if _is_finished(run):
         yield
         return
     context = multiprocessing.get_context("spawn")

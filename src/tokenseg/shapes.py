@@ -12,6 +12,7 @@ Network tensors are (B, C, X, Y, Z).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -30,3 +31,8 @@ ImageArray: TypeAlias = Float[np.ndarray, "C X Y Z"]
 MaskArray: TypeAlias = Integer[np.ndarray, "X Y Z"]
 BoolMask: TypeAlias = Bool[np.ndarray, "X Y Z"]
 Affine: TypeAlias = Float[np.ndarray, "4 4"]
+
+
+def times(sizes: Iterable[int | float]) -> str:
+    """Sizes as messages show them: `35 x 50 x 36`, `0.7 x 0.7 x 2.5`."""
+    return " x ".join(f"{float(size):g}" for size in sizes)

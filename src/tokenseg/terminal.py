@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from tokenseg import NOTICE
+
 if TYPE_CHECKING:
     from tokenseg.demo import DemoResult
     from tokenseg.evaluate import Evaluation
-
-NOTICE = "Research software: not a medical device."
 
 
 class Terminal:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from tokenseg import NOTICE
 from tokenseg.boundary import NearBoundary
 from tokenseg.errors import ConfigError
 from tokenseg.files import write_atomically
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NOTICE = "Research software: not a medical device"
 LEVEL_COLOURS = ("#E69F00", "#56B4E9", "#00C08B", "#E377C2")
 """Of the levels 1/2 to 1/16; with a colour-vision deficiency, the place in the mosaic says the level too."""
 

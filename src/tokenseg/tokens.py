@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Float
 
 from tokenseg.boundary import NearBoundary, boundary_distances_mm, near_boundary
-from tokenseg.case_tokens import CaseTokens, check_has_tokens, find_tokens, turn_to_ras
+from tokenseg.case_tokens import CaseTokens, check_has_tokens, find_tokens
 from tokenseg.checkpoint import Model
 from tokenseg.config import NUM_LEVELS, Plan
 from tokenseg.data.cases import Case, first_few
 from tokenseg.data.inputs import list_inputs, read_input
-from tokenseg.data.preprocess import select_channels
+from tokenseg.data.preprocess import select_channels, turn_to_ras
 from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.files import write_atomically
@@ -188,7 +188,7 @@ def report_tokens(model: Model, volume: Volume, case_id: str, reference: Mask | 
     tokens = find_tokens(model, volume)
     record = tokens.record
     if foreground is not None:
-        foreground = turn_to_ras(foreground, record)
+        foreground = turn_to_ras(foreground, record.axes, record.flipped)
     mask = tokens.prediction if foreground is None else foreground
     distance_mm = None
     if mask.any() and not mask.all():
@@ -200,7 +200,7 @@ def report_tokens(model: Model, volume: Volume, case_id: str, reference: Mask | 
         tokens=tokens,
         summary=summarise_tokens(tokens, distance_mm, "prediction" if foreground is None else "reference"),
         distance_mm=distance_mm,
-        image=turn_to_ras(select_channels(volume, plan)[shown], record),
+        image=turn_to_ras(select_channels(volume, plan)[shown], record.axes, record.flipped),
         reference=foreground,
     )
 

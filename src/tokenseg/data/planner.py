@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from tokenseg.config import NUM_LEVELS, ChannelNormalisation, Plan, Spacing3, Stride3, Vox3, parse_settings
 from tokenseg.data.cases import Dataset
 from tokenseg.data.fingerprint import Fingerprint
+from tokenseg.shapes import times
 
 ANISOTROPY = 3.0
 WINDOW_BUDGET_VOX = 900_000
@@ -114,11 +114,11 @@ def _plan_window(shapes: Float[np.ndarray, "cases 3"], spacing_mm: Spacing3) -> 
     enlarged = [_enlarge(size) for size in median]
     fitted = _fit_budget(enlarged, spacing_mm)
     words = (
-        f"median shape at that spacing, {_times(median)}, plus 10 %, in multiples of 4 from {MIN_ROUNDED_VOX} voxels on"
+        f"median shape at that spacing, {times(median)}, plus 10 %, in multiples of 4 from {MIN_ROUNDED_VOX} voxels on"
     )
     if fitted != enlarged:
         words += (
-            f": {_times(enlarged)}; then the longest axis in mm shortened in steps of 8 "
+            f": {times(enlarged)}; then the longest axis in mm shortened in steps of 8 "
             f"until {WINDOW_BUDGET_VOX} voxels suffice"
         )
     x, y, z = fitted
@@ -174,11 +174,11 @@ def _plan_whole_limit(shapes: Float[np.ndarray, "cases 3"], window_vox: Vox3) ->
     largest = shapes.max(axis=0)
     x, y, z = (max(math.ceil(1.5 * window_vox[axis]), math.ceil(11 * float(largest[axis]) / 10)) for axis in range(3))
     if x * y * z <= WHOLE_BUDGET_VOX:
-        words = f"the larger of 1.5 windows and the largest case, {_times(largest)}, plus 10 %"
+        words = f"the larger of 1.5 windows and the largest case, {times(largest)}, plus 10 %"
         return (x, y, z), _Rule("whole_limit_vox", words)
     words = (
-        f"the window, since 1.5 windows or the largest case, {_times(largest)}, plus 10 % would be "
-        f"{_times((x, y, z))}, over {WHOLE_BUDGET_VOX} voxels"
+        f"the window, since 1.5 windows or the largest case, {times(largest)}, plus 10 % would be "
+        f"{times((x, y, z))}, over {WHOLE_BUDGET_VOX} voxels"
     )
     return window_vox, _Rule("whole_limit_vox", words)
 
@@ -187,7 +187,7 @@ def _plan_grid(window_vox: Vox3, spacing_mm: Spacing3) -> tuple[Vox3, _Rule]:
     extents_mm = [size * spacing for size, spacing in zip(window_vox, spacing_mm, strict=True)]
     shortest = min((2, 1, 0), key=lambda axis: extents_mm[axis])
     x, y, z = (4 if axis == shortest else 5 for axis in range(3))
-    return (x, y, z), _Rule("grid", f"4 cells along axis {shortest}: the window is {_times(extents_mm)} mm")
+    return (x, y, z), _Rule("grid", f"4 cells along axis {shortest}: the window is {times(extents_mm)} mm")
 
 
 def _plan_effort(window_vox: Vox3) -> tuple[int, int, list[_Rule]]:
@@ -223,7 +223,3 @@ def _plan_normalisation(dataset: Dataset, fingerprint: Fingerprint) -> tuple[tup
     if dataset.joint_zscore:
         words = ["by mean and deviation over all phases of an exam together"]
     return tuple(entries), _Rule("normalisation", "; ".join(words))
-
-
-def _times(sizes: Iterable[int | float]) -> str:
-    return " x ".join(f"{float(size):g}" for size in sizes)

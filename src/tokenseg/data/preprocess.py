@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenseg.config import ChannelNormalisation, Plan
 from tokenseg.data.volume import Mask, Volume
 from tokenseg.errors import DataError, GeometryError
-from tokenseg.shapes import Affine, ImageArray, MaskArray
+from tokenseg.shapes import Affine, ImageArray, MaskArray, times
 
 Shape3: TypeAlias = tuple[int, int, int]
 
@@ -109,7 +109,7 @@ def prepare_image(volume: Volume, plan: Plan, *, covering: Mask | None = None) -
     record = _find_way(volume, plan, covering)
     image = np.empty((len(selected), *record.grid_shape), dtype=np.float32)
     for index, (channel, scaling) in enumerate(zip(selected, _find_scalings(selected, volume, plan), strict=True)):
-        cropped = _cropped(_canonical(channel, record.axes, record.flipped), record)
+        cropped = _cropped(turn_to_ras(channel, record.axes, record.flipped), record)
         image[index] = _resampled(torch.from_numpy(_scaled(cropped, scaling)), record.grid_shape).numpy()
     return Prepared(image, record)
 
@@ -130,7 +130,7 @@ def prepare_labels(mask: Mask, record: GridRecord, plan: Plan) -> UInt8[np.ndarr
     """
     _check_mask_shape(mask, record.native_shape)
     _check_known_values(mask, plan)
-    canonical = _canonical(mask.array, record.axes, record.flipped)
+    canonical = turn_to_ras(mask.array, record.axes, record.flipped)
     cropped = _cropped(canonical, record)
     num_lost = np.count_nonzero(canonical) - np.count_nonzero(cropped)
     if num_lost:
@@ -237,8 +237,8 @@ def _find_way(volume: Volume, plan: Plan, covering: Mask | None) -> GridRecord:
     if covering is not None:
         _check_mask_shape(covering, _shape3(volume.array.shape[1:]))
     axes, flipped = _orientation(volume.affine)
-    image = [_canonical(channel, axes, flipped) for channel in volume.array]
-    foreground = None if covering is None else _canonical(covering.array, axes, flipped)
+    image = [turn_to_ras(channel, axes, flipped) for channel in volume.array]
+    foreground = None if covering is None else turn_to_ras(covering.array, axes, flipped)
     start, stop = _crop_box(image, foreground)
     right, anterior, superior = (volume.spacing_mm[stored] for stored in np.argsort(axes))
     spacing_mm = right, anterior, superior
@@ -258,8 +258,8 @@ def _grid_shape(crop_shape: Sequence[int], spacing_mm: tuple[float, float, float
     shape = _shape3(max(1, int(size * own / target + 0.5)) for size, own, target in sizes)
     if math.prod(shape) > MAX_GRID_VOXELS:
         raise GeometryError(
-            f"scan has voxels of {_times(spacing_mm)} mm and would be {_times(shape)} voxels at the plan's "
-            f"{_times(plan.spacing_mm)} mm; correct the spacing in its header, or choose a coarser spacing_mm"
+            f"scan has voxels of {times(spacing_mm)} mm and would be {times(shape)} voxels at the plan's "
+            f"{times(plan.spacing_mm)} mm; correct the spacing in its header, or choose a coarser spacing_mm"
         )
     return shape
 
@@ -285,7 +285,7 @@ def _orientation(affine: Affine) -> tuple[Shape3, tuple[bool, bool, bool]]:
     return _shape3(orientation[:, 0]), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
 
 
-def _canonical(
+def turn_to_ras(
     array: Shaped[np.ndarray, "X Y Z"], axes: Shape3, flipped: tuple[bool, bool, bool]
 ) -> Shaped[np.ndarray, "Xc Yc Zc"]:
     """Turn stored axes to RAS+ (a view)."""
@@ -296,7 +296,7 @@ def _canonical(
 def _native(
     array: Shaped[np.ndarray, "Xc Yc Zc"], axes: Shape3, flipped: tuple[bool, bool, bool]
 ) -> Shaped[np.ndarray, "X Y Z"]:
-    """Undo `_canonical` (a view)."""
+    """Undo `turn_to_ras` (a view)."""
     steps = [slice(None, None, -1 if flip else 1) for flip in flipped]
     return array.transpose(axes)[tuple(steps)]
 
@@ -346,7 +346,7 @@ def _painted(logits: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype
 def _check_mask_shape(mask: Mask, native_shape: Shape3) -> None:
     if mask.array.shape != native_shape:
         raise GeometryError(
-            f"mask is {_times(mask.array.shape)} voxels, its scan {_times(native_shape)}; "
+            f"mask is {times(mask.array.shape)} voxels, its scan {times(native_shape)}; "
             "resample the mask to the grid of the scan"
         )
 
@@ -374,10 +374,6 @@ def _shape3(sizes: Iterable[Any]) -> Shape3:
     return x, y, z
 
 
-def _times(sizes: Iterable[int | float]) -> str:
-    return " x ".join(f"{size:g}" for size in sizes)
-
-
 def _listed(values: Iterable[int]) -> str:
     return ", ".join(str(value) for value in values)
 
@@ -393,4 +389,4 @@ def to_canonical(
     """
     axes, flipped = _orientation(affine)
     right, anterior, superior = (float(np.linalg.norm(affine[:3, stored])) for stored in np.argsort(axes))
-    return _canonical(array, axes, flipped), (right, anterior, superior)
+    return turn_to_ras(array, axes, flipped), (right, anterior, superior)

@@ -12,7 +12,7 @@ from nibabel.nifti1 import Nifti1Header
 
 from tokenseg.data.nifti import header_of_affine, read_header, read_values, write_values
 from tokenseg.errors import DataError, FileError, GeometryError
-from tokenseg.shapes import Affine, ImageArray, MaskArray
+from tokenseg.shapes import Affine, ImageArray, MaskArray, times
 
 IMAGE_ENDINGS = (".nii.gz", ".nii")
 
@@ -179,7 +179,7 @@ def read_mask(path: Path) -> Mask:
     header, values = read_values(path)
     _check_affine(header.affine, str(path))
     if values.ndim != 3:
-        raise DataError(f"{path} is 4D ({_times(values.shape)}); a mask must be 3D with one label value a voxel")
+        raise DataError(f"{path} is 4D ({times(values.shape)}); a mask must be 3D with one label value a voxel")
     if not np.issubdtype(values.dtype, np.integer):
         _check_finite(values, str(path))
         fractional = values != np.round(values)
@@ -228,9 +228,7 @@ def check_same_grid(first: Volume | Mask, second: Volume | Mask, what: tuple[str
     shapes = first.array.shape[-3:], second.array.shape[-3:]
     both = f"{what[0]} and {what[1]} are not on one grid"
     if shapes[0] != shapes[1]:
-        raise GeometryError(
-            f"{both}: {_times(shapes[0])} against {_times(shapes[1])} voxels; resample one to the other"
-        )
+        raise GeometryError(f"{both}: {times(shapes[0])} against {times(shapes[1])} voxels; resample one to the other")
     spacings = np.asarray(first.spacing_mm), np.asarray(second.spacing_mm)
     directions = first.affine[:3, :3] / spacings[0] - second.affine[:3, :3] / spacings[1]
     differences = {
@@ -263,7 +261,7 @@ def write_mask(path: Path | str, mask: MaskArray, like: Volume) -> None:
     image_ending(path)
     if mask.shape != like.array.shape[1:]:
         raise GeometryError(
-            f"mask for {path} is {_times(mask.shape)} voxels, its scan {_times(like.array.shape[1:])}; "
+            f"mask for {path} is {times(mask.shape)} voxels, its scan {times(like.array.shape[1:])}; "
             "bring it back to the grid of the scan first"
         )
     header = like.header if like.header is not None else header_of_affine(like.affine, like.spacing_mm)
@@ -338,7 +336,3 @@ def _smallest_integers(values: Shaped[np.ndarray, "X Y Z"], name: str) -> MaskAr
 def _spacing_mm(affine: Affine) -> tuple[float, float, float]:
     x, y, z = (math.hypot(*column) for column in affine[:3, :3].T)
     return x, y, z
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(size) for size in shape)

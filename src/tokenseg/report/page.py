@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from tokenseg import __version__
+from tokenseg import NOTICE, __version__
 from tokenseg.files import write_atomically
 from tokenseg.report.markup import Html, element, join
-
-NOTICE = "Research software: not a medical device."
 
 
 @dataclass(frozen=True)
