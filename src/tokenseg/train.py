@@ -16,6 +16,7 @@ RUN/
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Sequence
@@ -294,7 +295,15 @@ def _fabric(device: torch.device) -> Fabric:
         precision="bf16-mixed" if bfloat16_helps(device) else "32-true",
     )
     fabric.launch()
+    if fabric.world_size > 1:
+        # Threads of the gloo backend, left to the interpreter's exit, now and then abort a process whose work is done.
+        atexit.register(_leave_group)
     return fabric
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | None = None) -> ModelFacts:
