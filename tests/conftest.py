@@ -1,4 +1,4 @@
-"""What all tests share: where real scans are."""
+"""What all tests share: where real scans are, a cache of their own, and torch as the engine."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def real_data() -> Path:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _torch_computes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converting each test's model for another engine would take seconds and leave files in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    if request.path.name != "test_engine.py":
+        monkeypatch.setattr("tokenseg.engine.is_installed", lambda: False)

@@ -13,9 +13,13 @@ Triple = tuple[int, int, int]
 
 
 def augmentation(
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0), window: Triple = (SIZE, SIZE, SIZE)
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    window: Triple = (SIZE, SIZE, SIZE),
+    *,
+    labels: int = 1,
+    regions: bool = False,
 ) -> Augmentation:
-    return build_augmentation(make_plan(spacing_mm=spacing_mm, window_vox=window))
+    return build_augmentation(make_plan(1, labels, regions=regions, spacing_mm=spacing_mm, window_vox=window))
 
 
 def half(axis: int, size: Triple = (SIZE, SIZE, SIZE)) -> Window:
@@ -74,19 +78,29 @@ def test_image_and_labels_move_together() -> None:
 
 def test_labels_keep_their_values() -> None:
     labels = torch.zeros(1, SIZE, SIZE, SIZE, dtype=torch.uint8)
-    labels[:, 4:20, 4:20, 4:20], labels[:, 8:16, 8:16, 8:16] = 3, 200
-    augment = augmentation()
+    labels[:, 4:20, 4:20, 4:20], labels[:, 8:16, 8:16, 8:16] = 3, 1
+    augment = augmentation(labels=4)
     found = {
         tuple(augment({"image": labels.float(), "labels": labels}, seed)["labels"].unique().tolist())
         for seed in range(40)
     }
-    assert found == {(0, 3, 200)}
+    assert found == {(0, 1, 3)}
+
+
+def test_moved_labels_have_no_jagged_edges() -> None:
+    """A turned ball keeps its surface: of nearest neighbours, many boundary voxels would have a single neighbour."""
+    places = torch.stack(torch.meshgrid(*[torch.arange(float(SIZE))] * 3, indexing="ij"))
+    ball = ((places - 11.5).square().sum(dim=0) < 8.2**2).to(torch.uint8)[None]
+    augment = augmentation()
+    moved = [augment({"image": ball.float(), "labels": ball}, seed) for seed in range(40)]
+    overlaps = [dice(result["image"] > 0.5, result["labels"] > 0) for result in moved]
+    assert sorted(overlaps)[len(overlaps) // 4] > 0.99
 
 
 def test_overlapping_regions_stay_nested() -> None:
     regions = torch.zeros(2, SIZE, SIZE, SIZE, dtype=torch.uint8)
     regions[0, 4:20, 4:20, 4:20], regions[1, 8:16, 8:16, 8:16] = 1, 1
-    augment = augmentation()
+    augment = augmentation(labels=2, regions=True)
     for seed in range(20):
         outer, inner = augment({"image": regions[:1].float(), "labels": regions}, seed)["labels"]
         assert int(inner.sum()) > 0
@@ -119,13 +133,13 @@ def test_few_slices_are_not_rotated_out_of_the_image() -> None:
     assert out_of_plane_tilt(augmentation(window=(SIZE, SIZE, 6)), (SIZE, SIZE, 6)) == 0
     window = {"image": torch.ones(1, 32, 32, 1), "labels": torch.ones(1, 32, 32, 1, dtype=torch.uint8)}
     augment = augmentation(window=(32, 32, 1))
-    # What is left after scaling by 0.8 and turning within the slice.
+    # What is left after scaling by 0.9 and turning within the slice.
     assert min(float(augment(window, seed)["labels"].float().mean()) for seed in range(60)) > 0.6
 
 
 def test_thick_slices_are_still_rotated_within_the_plane() -> None:
     augment, window = augmentation((1.0, 1.0, 5.0)), half(1)
-    inner = [augment(window, seed)["labels"][0, 9:15, :, 12] for seed in range(60)]
+    inner = [augment(window, seed)["labels"][0, 4:20, :, 12] for seed in range(60)]
     assert sum(bool((columns.amax(dim=0) != columns.amin(dim=0)).any()) for columns in inner) > 10
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from plans import make_plan
-from tokenseg.segment import predict_logits
 from tokenseg.training.augment import Window
 from tokenseg.training.batches import TrainingBatches, cut_window, draw_window
 from tokenseg.training.cache import PreparedCase
+from tokenseg.windows import predict_logits, torch_forward
 
 Shape = tuple[int, int, int]
 SIZES = st.tuples(*[st.integers(1, 12)] * 3)
@@ -163,7 +165,7 @@ def test_a_smaller_image_is_centred_in_zeros_just_as_in_inference(size: Shape, w
     start = draw_window(np.random.default_rng(0), case, window, on_foreground=False)
     cut = cut_window(case.image, start, window)
     network = Recorder()
-    predict_logits(network, case.image, make_plan(window_vox=window), torch.device("cpu"))
+    predict_logits(torch_forward(network, torch.device("cpu")), case.image, make_plan(window_vox=window))
     assert torch.equal(cut, network.seen[0])
     assert int((cut != 0).sum()) == np.prod(small)
     for axis, length in enumerate(small, start=1):
@@ -193,3 +195,56 @@ def test_cut_window_copies() -> None:
     array = np.zeros((1, 4, 4, 4), dtype=np.float32)
     cut_window(array, (0, 0, 0), (4, 4, 4)).fill_(1)
     assert not array.any()
+
+
+# ---- coarse views
+
+
+def digest(batches: TrainingBatches, steps: int) -> tuple[str, list[str]]:
+    content, names = hashlib.sha256(), []
+    for step in range(steps):
+        batch = batches[step]
+        content.update(batch.images.numpy().tobytes())
+        content.update(batch.labels.numpy().tobytes())
+        names.append("".join(batch.case_ids))
+    return content.hexdigest()[:16], names
+
+
+def test_without_a_coarse_factor_batches_are_those_of_earlier_versions() -> None:
+    plan = make_plan(window_vox=(8, 8, 8)).model_copy(update={"batch_size": 4})
+    cases = [case_of(blocks(), "a"), case_of(blocks((24, 16, 18)), "b")]
+    expected = "c4c07924ca028d38", ["baab", "bbaa", "aaba", "baba", "aaba", "baba"]
+    assert digest(TrainingBatches(cases, plan, 0.5, unchanged, (0, 0)), 6) == expected
+
+
+def with_coarse(labels: np.ndarray, case_id: str) -> PreparedCase:
+    """A case whose coarse view holds negative numbers."""
+    coarse = case_of(labels[::3, ::3, ::3], case_id)
+    return replace(case_of(labels, case_id), coarse=replace(coarse, image=-coarse.image))
+
+
+def test_every_fourth_batch_holds_coarse_views_and_nothing_else() -> None:
+    plan = make_plan(window_vox=(8, 8, 8)).model_copy(update={"batch_size": 3, "coarse_factor": (3, 3, 3)})
+    cases = [with_coarse(blocks(), "a"), with_coarse(blocks((24, 21, 18)), "b")]
+    batches = TrainingBatches(cases, plan, 0.5, unchanged, (0, 0))
+    for step in range(8):
+        is_coarse = [bool((image < 0).any()) for image in batches[step].images]
+        assert is_coarse == [step in (3, 7)] * 3
+        assert batches[step].coarse == (step in (3, 7))
+        assert same(batches[step], batches[step])
+
+
+def test_a_coarse_view_is_the_whole_case_centred_in_the_window() -> None:
+    plan = make_plan(window_vox=(8, 8, 8)).model_copy(update={"batch_size": 4, "coarse_factor": (3, 3, 3)})
+    case = with_coarse(blocks((24, 21, 18)), "a")
+    view = TrainingBatches([case], plan, 0.5, unchanged, (0, 0))[3].images[0]
+    np.testing.assert_array_equal(view[:, 0:8, 0:7, 1:7], case.coarse.image)
+    assert int((view != 0).sum()) == 8 * 7 * 6
+
+
+def test_the_other_batches_are_the_same_with_and_without_coarse_views() -> None:
+    plan = make_plan(window_vox=(8, 8, 8)).model_copy(update={"batch_size": 4})
+    cases = [with_coarse(blocks(), "a"), with_coarse(blocks((24, 21, 18)), "b")]
+    plain = TrainingBatches(cases, plan, 0.5, unchanged, (0, 0))
+    mixed = TrainingBatches(cases, plan.model_copy(update={"coarse_factor": (3, 3, 3)}), 0.5, unchanged, (0, 0))
+    assert [same(plain[step], mixed[step]) for step in range(8)] == [True, True, True, False] * 2

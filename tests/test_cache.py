@@ -10,6 +10,7 @@ import pytest
 from phantoms import phantom, write_msd, write_nifti, write_nnunet
 from tokenseg.config import Plan
 from tokenseg.data.cases import Dataset
+from tokenseg.data.coarse import coarse_image, coarse_labels
 from tokenseg.data.datasets import load_case, open_dataset
 from tokenseg.data.fingerprint import take_fingerprint
 from tokenseg.data.planner import make_plan as plan_dataset
@@ -169,3 +170,37 @@ def test_a_folder_that_cannot_be_written_is_named(dataset: Dataset, tmp_path: Pa
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(FileError, match=r"cannot write .*image\.npy: Not a directory"):
         prepared(dataset, tmp_path / "cache")
+
+
+def test_a_coarse_view_is_prepared_beside_its_case(dataset: Dataset, tmp_path: Path) -> None:
+    fine = prepared(dataset, tmp_path / "cache")["case_000"]
+    assert fine.coarse is None
+    both = prepared(dataset, tmp_path / "cache", coarse_factor=(2, 3, 2))["case_000"]
+    coarse = both.coarse
+    assert coarse is not None
+    assert np.array_equal(both.image, fine.image)
+    assert np.array_equal(coarse.image, coarse_image(fine.image, (2, 3, 2)))
+    assert np.array_equal(coarse.labels, coarse_labels(fine.labels, (2, 3, 2)))
+    assert coarse.image.shape == (1, 10, 6, 8)
+    assert isinstance(coarse.image, np.memmap)
+    label, x, y, z = coarse.points.T
+    assert np.array_equal(coarse.labels[0, x, y, z], label)
+    assert len(coarse.points) == np.count_nonzero(coarse.labels)
+    assert coarse.coarse is None
+
+
+def test_a_coarse_view_is_not_prepared_again(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepared(dataset, tmp_path, coarse_factor=(2, 2, 2))
+    other = prepared(dataset, tmp_path, coarse_factor=(3, 2, 2))
+    monkeypatch.setattr(cache, "coarse_image", no_reading)
+    again = prepared(dataset, tmp_path, coarse_factor=(2, 2, 2))
+    assert np.array_equal(first["case_001"].coarse.image, again["case_001"].coarse.image)
+    assert other["case_001"].coarse.image.shape != again["case_001"].coarse.image.shape
+
+
+def test_a_coarse_view_that_a_kill_left_half_prepared_is_prepared_again(dataset: Dataset, tmp_path: Path) -> None:
+    before = prepared(dataset, tmp_path, coarse_factor=(2, 2, 2))["case_000"].coarse.image.copy()
+    folder = next(tmp_path.glob("*/case_000/coarse_2x2x2"))
+    (folder / "points.npy").unlink()
+    (folder / "image.npy").write_bytes(b"")
+    assert np.array_equal(prepared(dataset, tmp_path, coarse_factor=(2, 2, 2))["case_000"].coarse.image, before)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from phantoms import change_json
 from plans import make_plan
-from tokenseg.checkpoint import describe_model, load_model, save_model
+from tokenseg.checkpoint import Model, describe_model, load_model, save_model
 from tokenseg.config import PRESETS, NetworkConfig
+from tokenseg.data.suitability import InputFacts
 from tokenseg.errors import FileError, ModelError
 from toy_models import save_untrained, untrained
 
@@ -56,6 +58,62 @@ def test_the_folder_holds_weights_facts_and_card_and_no_program(folder):
     assert facts["schema_version"] == 1
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     assert "decoder" in " ".join(header)
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_half_precision_is_loaded_exactly_into_single(tmp_path, quantizer):
+    config = PRESETS["tiny"].model_copy(update={"quantizer": quantizer})
+    model = untrained(make_plan(labels=2), config=NetworkConfig.model_validate(config.model_dump()))
+    full = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    save_model(tmp_path / "full", model.network, model.facts)
+    save_model(tmp_path / "half", model.network, model.facts, half=True)
+    stored = load_file(tmp_path / "half" / "weights.safetensors")
+    loaded = load_model(tmp_path / "half").network.state_dict()
+    assert loaded.keys() == stored.keys() == full.keys()
+    for name, tensor in loaded.items():
+        assert tensor.dtype == full[name].dtype
+        halved = full[name].is_floating_point() and full[name].ndim > 1
+        assert stored[name].dtype == (torch.float16 if halved else full[name].dtype)
+        assert torch.equal(tensor, full[name].half().float() if halved else full[name])
+    sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[0] < 0.6 * sizes[1]
+    # Saving did not touch the network, and what was stored once is stored again without loss.
+    assert all(torch.equal(tensor, full[name]) for name, tensor in model.network.state_dict().items())
+    again = load_model(tmp_path / "half")
+    save_model(tmp_path / "again", again.network, again.facts, half=True)
+    assert (tmp_path / "again" / "weights.safetensors").read_bytes() == (
+        tmp_path / "half" / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_what_is_too_large_for_half_precision_stays(tmp_path):
+    model = untrained()
+    name, weights = next((name, each) for name, each in model.network.named_parameters() if each.ndim > 1)
+    weights.data[(0,) * weights.ndim] = 1e6
+    save_model(tmp_path / "model", model.network, model.facts, half=True)
+    assert torch.equal(load_model(tmp_path / "model").network.state_dict()[name], weights.data)
+
+
+def test_damaged_half_precision_weights(tmp_path):
+    model = untrained()
+    save_model(tmp_path / "model", model.network, model.facts, half=True)
+    path = tmp_path / "model" / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"weights.safetensors does not match the SHA-256 in model.json"):
+        load_model(tmp_path / "model")
+
+
+def test_the_card_tells_what_the_model_was_trained_on():
+    model = untrained()
+    inputs = InputFacts(
+        content="crops", extent_mm=((3, 4), (5, 5), (6, 7)), spacing_mm=((1, 1), (1, 1), (2, 2.5)), anisotropy=(2, 2.5)
+    )
+    told = Model(model.network, model.facts.model_copy(update={"inputs": inputs}), model.device)
+    line = "- Trained on: crops, 3-4 x 5 x 6-7 mm (right, anterior, superior), voxels 1 x 1 x 2-2.5 mm"
+    assert line in describe_model(told).splitlines()
+    assert "Trained on" not in describe_model(model)
 
 
 def test_the_run_folder_stands_for_its_model(saved):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,8 @@ from tokenseg.cohort import NOTICE, count_lesions, write_cohort
 from tokenseg.config import CohortOptions
 from tokenseg.data.datasets import load_case, open_dataset
 from tokenseg.errors import ConfigError, DataError, FileError
+from tokenseg.synthetic import scanner
+from tokenseg.synthetic.grid import ScanGrid
 
 SMALL = CohortOptions(train=2, test=1, external=1, seed=3)
 
@@ -202,3 +205,28 @@ def test_rare_exams_come_in_proportion(part, seed):
     assert counts.count(2) == pytest.approx(24, abs=2)
     assert counts.count(1) == 200 - counts.count(0) - counts.count(2)
     assert all(counts[start : start + 2].count(0) < 2 for start in range(199)), "never two without lesion in a row"
+
+
+def test_whole_exams_make_a_cohort_of_their_own(tmp_path, monkeypatch):
+    grid = ScanGrid(shape_vox=(86, 84, 44), spacing_mm=(4.0, 4.0, 4.0))
+    monkeypatch.setattr(scanner, "_whole_grid", lambda _: grid)
+    options = CohortOptions(train=2, test=0, external=0, whole=True)
+    write_cohort(tmp_path / "whole", options)
+    dataset = open_dataset(tmp_path / "whole" / "train")
+    assert load_case(dataset, dataset.cases[0]).mask.array.shape == (86, 84, 44)
+    assert json.loads((tmp_path / "whole" / "cohort.json").read_text())["whole"] is True
+    before = contents(tmp_path / "whole")
+    assert write_cohort(tmp_path / "whole", options).parts[0].num_made == 0
+    assert contents(tmp_path / "whole") == before
+    with pytest.raises(
+        ConfigError, match=r"holds exams of both breasts, asked for are exams of one; .* or add --whole"
+    ):
+        write_cohort(tmp_path / "whole", replace(options, whole=False))
+
+
+def test_a_cohort_of_single_breasts_takes_no_whole_exams(copy):
+    with pytest.raises(
+        ConfigError, match=r"holds exams of one breast, asked for are exams of both; .* or leave out --whole"
+    ):
+        write_cohort(copy, replace(SMALL, whole=True))
+    assert "whole" not in (copy / "cohort.json").read_text()

@@ -8,10 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tokenseg.model.blocks import space_to_depth
 from tokenseg.model.importance import Importance, ImportanceScore, cell_gradient
 
 GRID = (4, 5, 5)
 ISOTROPIC_MM = (1.0, 1.0, 1.0)
+
+
+def gradient_of(
+    images: Tensor, stride: tuple[int, int, int], spacing_mm: tuple[float, float, float], grid: tuple[int, int, int]
+) -> Tensor:
+    return cell_gradient(space_to_depth(images, stride), stride, spacing_mm, grid)
 
 
 def scored(
@@ -108,25 +115,25 @@ def ramp(axis: int, size: int = 24) -> Tensor:
 def test_gradient_of_a_ramp_is_its_slope_per_mm(
     axis: int, spacing_mm: tuple[float, float, float], stride: tuple[int, int, int]
 ) -> None:
-    cells = cell_gradient(ramp(axis), stride, spacing_mm, (4, 4, 4)).reshape(4, 4, 4)
+    cells = gradient_of(ramp(axis), stride, spacing_mm, (4, 4, 4)).reshape(4, 4, 4)
     inner = cells.movedim(axis, 0)[1:3]
     torch.testing.assert_close(inner, torch.full_like(inner, 1 / spacing_mm[axis]))
 
 
 def test_gradients_of_axes_and_channels_add_in_squares() -> None:
     both = torch.cat([3 * ramp(0) + 4 * ramp(1), 12 * ramp(2)], dim=1)
-    cells = cell_gradient(both, (2, 2, 2), ISOTROPIC_MM, (3, 3, 3))
+    cells = gradient_of(both, (2, 2, 2), ISOTROPIC_MM, (3, 3, 3))
     assert cells.reshape(3, 3, 3)[1, 1, 1].item() == pytest.approx(13)
 
 
 def test_coarser_spacing_along_all_axes_divides_the_gradient() -> None:
     images = torch.randn(1, 2, 16, 18, 20)
-    fine = cell_gradient(images, (2, 2, 2), ISOTROPIC_MM, GRID)
-    torch.testing.assert_close(cell_gradient(images, (2, 2, 2), (3.0, 3.0, 3.0), GRID), fine / 3)
+    fine = gradient_of(images, (2, 2, 2), ISOTROPIC_MM, GRID)
+    torch.testing.assert_close(gradient_of(images, (2, 2, 2), (3.0, 3.0, 3.0), GRID), fine / 3)
 
 
 def test_constant_image_has_no_gradient() -> None:
-    cells = cell_gradient(torch.full((2, 1, 18, 20, 22), 7.0), (2, 2, 2), ISOTROPIC_MM, GRID)
+    cells = gradient_of(torch.full((2, 1, 18, 20, 22), 7.0), (2, 2, 2), ISOTROPIC_MM, GRID)
     assert torch.equal(cells, torch.zeros(2, 100))
 
 
@@ -134,7 +141,7 @@ def test_constant_image_has_no_gradient() -> None:
 def test_step_edge_is_strongest_in_the_cells_that_hold_it(axis: int) -> None:
     images = torch.zeros(1, 1, 40, 40, 40)
     images.movedim(axis + 2, 0)[12:] = 1  # the second fifth runs from 8 to 16
-    cells = cell_gradient(images, (2, 2, 2), ISOTROPIC_MM, (5, 5, 5)).reshape(5, 5, 5).movedim(axis, 0)
+    cells = gradient_of(images, (2, 2, 2), ISOTROPIC_MM, (5, 5, 5)).reshape(5, 5, 5).movedim(axis, 0)
     assert (cells[1] > 0).all()
     assert (cells[[0, 2, 3, 4]] == 0).all()
 
@@ -142,4 +149,4 @@ def test_step_edge_is_strongest_in_the_cells_that_hold_it(axis: int) -> None:
 @pytest.mark.parametrize("size", [(2, 2, 2), (1, 18, 18), (4, 2, 18)])
 def test_gradient_of_tiny_volumes_is_finite(size: tuple[int, int, int]) -> None:
     stride = (1, 2, 2) if size[0] == 1 else (2, 2, 2)
-    assert cell_gradient(torch.randn(1, 1, *size), stride, ISOTROPIC_MM, GRID).isfinite().all()
+    assert gradient_of(torch.randn(1, 1, *size), stride, ISOTROPIC_MM, GRID).isfinite().all()

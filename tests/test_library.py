@@ -24,11 +24,20 @@ FLAGS = {
         *("--seed", "--resume"),
     },
     ("demo",): {"--help"},
-    ("segment",): {"--help", "--model", "--folds", "--device", "--threads", "--report"},
+    ("segment",): {"--help", "--model", "--folds", "--device", "--engine", "--threads", "--full", "--report"},
     ("evaluate",): {"--help", "--json", "--csv", "--report", "--tolerance-mm"},
     ("tokens",): {"--help", "--model", "--reference", "--json", "--picture"},
     ("info",): {"--help"},
-    ("cohort",): {"--help", "--train", "--test", "--external", "--seed"},
+    ("cohort",): {"--help", "--train", "--test", "--external", "--seed", "--whole"},
+    ("benchmark",): {"--help"},
+    ("benchmark", "speed"): {
+        *("--help", "--networks", "--sizes", "--precisions", "--engines", "--training", "--end-to-end", "--device"),
+        *("--threads", "--rounds", "--csv", "--plot", "--accuracy"),
+    },
+    ("benchmark", "accuracy"): {
+        *("--help", "--networks", "--minutes", "--steps", "--fold", "--choosing-fold", "--seeds", "--threads"),
+        *("--config", "--csv"),
+    },
 }
 
 POSITIONALS = {
@@ -39,6 +48,7 @@ POSITIONALS = {
     "tokens": ["CASE"],
     "info": ["MODEL"],
     "cohort": ["OUT"],
+    "benchmark": [],
 }
 
 
@@ -151,7 +161,8 @@ def test_help_explains_every_option(capsys, command):
     """Help names no internal thing, and leaves no option without a sentence."""
     text = help_of(capsys, *command)
     assert "options." not in text
-    body = " ".join(line.strip("│ ") for line in text.splitlines())
+    # The dots of `[INT ...]` end no sentence.
+    body = " ".join(line.strip("│ ") for line in text.splitlines()).replace("...", "")
     for flag in FLAGS[command] - {"--help", "--version"}:
         assert re.search(rf"{flag}\b[^.]*[A-Z][^.]*\.", body), flag
 

@@ -104,8 +104,8 @@ def test_tokens_change_the_logits_once_reprojected() -> None:
 def test_padding_is_as_small_as_two_voxels_at_the_last_level_allow() -> None:
     network = make_network(TINY, make_plan(strides=THICK_SLICES))
     # Total strides are 16, 16, 4; those of the first level 2, 2, 1. Padding is listed last axis first.
-    assert network._padding((1, 17, 1)) == [0, 4, 0, 1, 0, 17]
-    assert network._padding((18, 19, 5)) == [0, 0, 0, 1, 0, 0]
+    assert network.padding((1, 17, 1)) == [0, 4, 0, 1, 0, 17]
+    assert network.padding((18, 19, 5)) == [0, 0, 0, 1, 0, 0]
 
 
 def test_gradients_reach_every_parameter_after_one_step() -> None:

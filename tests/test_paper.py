@@ -8,6 +8,7 @@ import torch
 from plans import make_plan
 from tokenseg.config import PRESETS, NetworkConfig, PresetName, TrainConfig
 from tokenseg.losses import training_loss
+from tokenseg.model.blocks import space_to_depth
 from tokenseg.model.network import TokenSeg
 from tokenseg.model.quantizer import FiniteScalarQuantizer, VectorQuantizer
 
@@ -41,7 +42,7 @@ def test_100_of_400_candidates_on_four_levels(preset: PresetName) -> None:
     network = TokenSeg(PRESETS[preset], make_plan()).eval()
     images = torch.randn(1, 1, 32, 48, 32)
     with torch.inference_mode():
-        sizes = [tuple(level.shape[2:]) for level in network.encoder(images)]
+        sizes = [tuple(level.shape[2:]) for level in network.encoder(space_to_depth(images, (2, 2, 2)))]
         output = network(images)
     assert sizes == [(16, 24, 16), (8, 12, 8), (4, 6, 4), (2, 3, 2)]
     assert output.tokens is not None

@@ -73,3 +73,6 @@ def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
         row["exams"]: 100 * float(row["dice"]) for row in tables.rows_of("demo.csv") if row["network"] == "tokenseg"
     }
     assert f"{dice['external']:.1f} %, {dice['test'] - dice['external']:.1f} points less" in claims
+    for what, column in (("the time falls", "median_ms"), ("memory falls", "peak_mib")):
+        nnunet, unet = (tables.reduction(column, name) for name in ("nnunet-plainconv", "monai-unet"))
+        assert f"{what} by {nnunet} against nnU-Net's network and by {unet} against `UNet` (fp32)" in claims

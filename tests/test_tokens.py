@@ -22,8 +22,9 @@ from tokenseg.data.volume import Mask, Volume, read_mask, read_volume
 from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, ModelError
 from tokenseg.losses import cell_foreground
-from tokenseg.segment import pad_to_window, segment_volume
+from tokenseg.segment import segment_volume
 from tokenseg.tokens import RADII_MM, describe_tokens, report_tokens, tokens_of_case, write_json
+from tokenseg.windows import pad_to_window
 from toy_models import Toy, as_stored, toy_model, untrained
 
 ROTATIONS = {

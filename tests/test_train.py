@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden.regenerate import COLUMNS, CURVE, NUM_STEPS, train_shortly
-from phantoms import write_json, write_mamamia, write_msd, write_nifti, write_nnunet
+from phantoms import phantom, write_json, write_mamamia, write_msd, write_nifti, write_nnunet
 from tokenseg.checkpoint import load_model
 from tokenseg.config import NetworkConfig, Plan, TrainConfig, TrainOptions
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError, TrainingError
@@ -160,6 +161,31 @@ def test_the_model_knows_its_training(straight: Path) -> None:
         "training_cases": 4, "validation_cases": 1, "fold": 0, "seed": 0, "steps": 12,
     }  # fmt: skip
     assert "(" in facts.training["validation_dice_sphere"]
+
+
+def test_the_model_knows_what_its_training_scans_were_like(
+    dataset: Path, options: TrainOptions, tmp_path: Path
+) -> None:
+    # Facts are of the cases of the fold's training part: the held-out case is larger.
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    run = tmp_path / "run"
+    train(data, run, replace(options, max_steps=1))
+    (held_out,) = json.loads((run / "splits.json").read_text())[0]["val"]
+    for folder, array in zip(("imagesTr", "labelsTr"), phantom(9, shape=(30, 30, 24)), strict=True):
+        write_nifti(data / folder / f"{held_out}.nii.gz", array.reshape(30, 30, 24))
+    shutil.rmtree(run)
+    train(data, run, replace(options, max_steps=1))
+    inputs = load_model(run).facts.inputs
+    assert inputs is not None
+    assert inputs.extent_mm == ((20, 20), (20, 20), (16, 16))
+    assert inputs.spacing_mm == ((1, 1), (1, 1), (1, 1))
+    assert [channel.name for channel in inputs.channels] == ["MRI"]
+    # A resumed run says the same; one whose fingerprint is of another version goes on and says nothing.
+    train(data, run, replace(RESUME, max_steps=2))
+    assert load_model(run).facts.inputs == inputs
+    (run / "fingerprint.json").write_text('{"cases": "other"}')
+    train(data, run, replace(RESUME, max_steps=3))
+    assert load_model(run).facts.inputs is None
 
 
 def test_a_dataset_named_by_a_dot_keeps_its_name(

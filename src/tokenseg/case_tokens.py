@@ -23,8 +23,9 @@ from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenRecord, TokenSegOutput
 from tokenseg.model.quantizer import FiniteScalarQuantizer
-from tokenseg.segment import check_finite, pad_to_window, predict_logits, window_corners
+from tokenseg.segment import check_finite
 from tokenseg.shapes import BoolMask, Images
+from tokenseg.windows import pad_to_window, predict_logits, torch_forward, window_corners
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,7 @@ def find_tokens(model: Model, volume: Volume) -> CaseTokens:
     prepared = prepare_image(volume, plan)
     record = prepared.record
     listening = _Listening(model.network)
-    logits = predict_logits(listening, prepared.image, plan, model.device)
+    logits = predict_logits(torch_forward(listening, model.device), prepared.image, plan)
     check_finite(logits, model)
     padded, start = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
     passes = _find_passes((padded.shape[1], padded.shape[2], padded.shape[3]), start, plan)

@@ -4,6 +4,7 @@
       weights.safetensors   parameters and buffers
       model.json            schema version, plan, network settings, facts of the training, SHA-256 of the weights
       README.md             the model card
+      LICENSE               of models that are published
 
 Weights are never programs: no pickle is read or written.
 """
@@ -25,10 +26,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from tokenseg.builtin import find_model
 from tokenseg.config import NetworkConfig, Plan, Settings, parse_settings
+from tokenseg.data.suitability import InputFacts, describe_inputs
 from tokenseg.errors import ConfigError, FileError, ModelError
 from tokenseg.files import temporary_beside, write_atomically
 from tokenseg.model.network import TokenSeg
+from tokenseg.model_card import Publication, publication_lines
+from tokenseg.shapes import Forward
 
 MakeNetwork: TypeAlias = Callable[[NetworkConfig, Plan], nn.Module]
 """Makes a network that returns a `TokenSegOutput`."""
@@ -38,6 +43,9 @@ WEIGHTS_NAME, FACTS_NAME, CARD_NAME = "weights.safetensors", "model.json", "READ
 
 # Of pickle protocols 2 to 5, and of the zip archive that torch.save puts one in.
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
+
+
+_LIMITS = "Limits: trained and checked on the cases named above; other scanners, sequences and anatomies are unknown."
 
 
 class ModelFacts(Settings):
@@ -53,6 +61,10 @@ class ModelFacts(Settings):
     """Size and parts of the network."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Facts for the card: TokenSeg version, cases, fold, steps, validation figures."""
+    inputs: InputFacts | None = None
+    """What the training scans were like, so that others get a warning; None in models of earlier versions."""
+    publication: Publication | None = None
+    """Figures, limits and licence of a model that is published."""
     weights_sha256: str = ""
     """Fingerprint of `weights.safetensors`; filled in when saving."""
 
@@ -67,15 +79,26 @@ class Model:
     """What it was trained for."""
     device: torch.device
     """Where it computes."""
+    compiled: Forward | None = None
+    """The same forward pass in another engine, which segmentation then takes; None stays with torch."""
 
 
-def save_model(folder: Path, network: nn.Module, facts: ModelFacts) -> None:
+def save_model(folder: Path, network: nn.Module, facts: ModelFacts, *, half: bool = False) -> None:
     """Write a model folder; an existing one is replaced as a whole.
+
+    Args:
+        folder: Where.
+        network: With the weights.
+        facts: What to say of it.
+        half: Store matrices, kernels and the codebook with 16 bits a number, half the size. Vectors (biases, norms,
+            statistics of the codes), which take little room and may be tiny, keep their precision, integers as well.
 
     Raises:
         FileError: The folder cannot be written; an existing one is then as it was.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    if half:
+        tensors = {name: _halved(tensor) for name, tensor in tensors.items()}
     weights = save_tensors(tensors)
     facts = facts.model_copy(update={"weights_sha256": hashlib.sha256(weights).hexdigest()})
     fresh = temporary_beside(folder)
@@ -97,17 +120,17 @@ def save_model(folder: Path, network: nn.Module, facts: ModelFacts) -> None:
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu", make_network: MakeNetwork = TokenSeg) -> Model:
-    """Load a model folder, or the model of a run folder.
+    """Load a model folder, the model of a run folder, or a built-in model; in single precision, however stored.
 
     Args:
-        path: The folder.
+        path: The folder, or the name of a built-in model.
         device: Where the model is to compute.
         make_network: What the weights are for; a peer that was trained in the same pipeline brings its own.
 
     Raises:
         ModelError: The folder is missing, incomplete, corrupt, of a newer schema, or not made of safetensors + JSON.
     """
-    folder = _find_folder(Path(path))
+    folder = _find_folder(find_model(path))
     facts = _read_facts(folder / FACTS_NAME)
     tensors = _read_weights(folder / WEIGHTS_NAME, facts.weights_sha256)
     if _expected_shapes(facts, make_network) != {name: tensor.shape for name, tensor in tensors.items()}:
@@ -122,6 +145,13 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", make_networ
 def describe_model(model: Model) -> str:
     """The model's card: what it takes and gives, what it was trained on, its limits."""
     return _card(model.facts, model.network)
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.ndim < 2 or not tensor.is_floating_point():
+        return tensor
+    halved = tensor.half()
+    return halved if bool(halved.isfinite().all()) else tensor  # above 65504 there is no room
 
 
 def _exchange(fresh: Path, folder: Path) -> None:
@@ -150,8 +180,6 @@ def _expected_shapes(facts: ModelFacts, make_network: MakeNetwork) -> dict[str, 
 
 
 def _find_folder(path: Path) -> Path:
-    if not path.exists():
-        raise ModelError(f"model {path} does not exist; check the path")
     if path.is_file():
         raise ModelError(
             f"{path} is a file; a model is a folder with {WEIGHTS_NAME} and {FACTS_NAME} "
@@ -218,12 +246,12 @@ def _card(facts: ModelFacts, network: nn.Module) -> str:
         "Research software: not a medical device, not for clinical use.",
         "",
         f"- Input: {', '.join(plan.source_channels)}",
+        *([f"- Trained on: {describe_inputs(facts.inputs)}"] if facts.inputs else []),
         f"- Output: {labels}{' (overlapping regions)' if plan.regions else ''}",
         f"- Grid: {spacing} mm",
         f"- Network: {count / 1e6:.2f} M parameters",
         *(f"- {key.replace('_', ' ').capitalize()}: {value}" for key, value in facts.training.items()),
         "",
-        "Limits: trained and checked on the cases named above; other scanners, sequences and anatomies are unknown.",
-        "",
+        *(publication_lines(facts.publication) if facts.publication else [_LIMITS, ""]),
     ]
     return "\n".join(lines)

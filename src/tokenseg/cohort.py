@@ -77,7 +77,8 @@ class CohortFacts:
 def write_cohort(folder: Path, options: CohortOptions, progress: Progress | None = None) -> CohortFacts:
     """Write a cohort: datasets `train`, `test` and `external` with images, reference masks and `lesions.json`.
 
-    Exams that are there already, from the same seed, are kept as they are. Each exam takes about half a second.
+    Exams that are there already, from the same seed, are kept as they are. Each exam takes about half a second, a whole
+    one about ten.
 
     Args:
         folder: Where to; made if absent.
@@ -94,7 +95,7 @@ def write_cohort(folder: Path, options: CohortOptions, progress: Progress | None
     _claim(folder, options)
     counts = {name: getattr(options, name) for name in _PARTS if getattr(options, name)}
     progress.stage("synthetic exams", sum(counts.values()))
-    parts = [_write_part(folder, name, count, options.seed, progress) for name, count in counts.items()]
+    parts = [_write_part(folder, name, count, options, progress) for name, count in counts.items()]
     return CohortFacts(folder=folder, seed=options.seed, parts=tuple(parts))
 
 
@@ -124,12 +125,23 @@ def _claim(folder: Path, options: CohortOptions) -> None:
             f"{folder} holds files that are no part of this cohort: {first_few(foreign)}; "
             "name an empty folder, or ask for at least as many exams as it has"
         )
-    write_atomically(marker, _json({"notice": NOTICE, "seed": options.seed, "version": VERSION}))
+    write_atomically(marker, _json({"notice": NOTICE, "seed": options.seed, "version": VERSION} | _kind(options)))
     write_atomically(folder / README_NAME, _readme(options.seed).encode())
+
+
+def _kind(options: CohortOptions) -> dict[str, bool]:
+    return {"whole": True} if options.whole else {}
 
 
 def _check_same(marker: Path, options: CohortOptions) -> None:
     found = read_json(marker)
+    is_whole = isinstance(found, dict) and found.get("whole", False)
+    if is_whole != options.whole:
+        raise ConfigError(
+            f"{marker.parent} holds exams of {'both breasts' if is_whole else 'one breast'}, asked for are exams of "
+            f"{'both' if options.whole else 'one'}; name another folder, or {'leave out' if options.whole else 'add'} "
+            "--whole"
+        )
     for key, wanted in (("seed", options.seed), ("version", VERSION)):
         given = found.get(key) if isinstance(found, dict) else None
         if given != wanted:
@@ -172,8 +184,8 @@ def _exam_paths(root: Path, exam_id: str) -> _ExamPaths:
     )
 
 
-def _write_part(folder: Path, name: PartName, count: int, seed: int, progress: Progress) -> PartFacts:
-    root = folder / name
+def _write_part(folder: Path, name: PartName, count: int, options: CohortOptions, progress: Progress) -> PartFacts:
+    root, seed = folder / name, options.seed
     records: list[dict[str, Any]] = []
     num_made = 0
     for number in range(count):
@@ -181,11 +193,12 @@ def _write_part(folder: Path, name: PartName, count: int, seed: int, progress: P
         paths = _exam_paths(root, exam_id)
         is_there = all(path.is_file() for path in (*paths.phases, paths.mask, paths.facts))
         if not is_there:
-            _write_exam(paths, exam_id, name, number, seed)
+            _write_exam(paths, exam_id, _draw_exam(name, number, options))
             num_made += 1
         records.append(_read_record(paths.facts))
         progress.advance(f"{name}/{exam_id}")
-    write_atomically(root / LESIONS_NAME, _json({"notice": NOTICE, "seed": seed, "version": VERSION, "exams": records}))
+    facts = {"notice": NOTICE, "seed": seed, "version": VERSION}
+    write_atomically(root / LESIONS_NAME, _json(facts | _kind(options) | {"exams": records}))
     write_atomically(root / README_NAME, _readme(seed).encode())
     num_lesions = [len(record["lesions"]) for record in records]
     return PartFacts(
@@ -198,9 +211,13 @@ def _write_part(folder: Path, name: PartName, count: int, seed: int, progress: P
     )
 
 
-def _write_exam(paths: _ExamPaths, exam_id: str, part: PartName, number: int, seed: int) -> None:
-    rng = np.random.default_rng((seed, _PARTS[part].stream, number))
-    exam = make_exam(rng, _PARTS[part].centre, count_lesions(seed, part, number))
+def _draw_exam(part: PartName, number: int, options: CohortOptions) -> Exam:
+    rng = np.random.default_rng((options.seed, _PARTS[part].stream, number))
+    num_lesions = count_lesions(options.seed, part, number)
+    return make_exam(rng, _PARTS[part].centre, num_lesions, whole=options.whole)
+
+
+def _write_exam(paths: _ExamPaths, exam_id: str, exam: Exam) -> None:
     phases = [Volume(phase[np.newaxis].astype(np.float32), exam.affine, ("phase",)) for phase in exam.phases]
     for path, phase in zip(paths.phases, phases, strict=True):
         write_volume(path, phase)

@@ -19,6 +19,7 @@ from tokenseg.files import write_atomically
 
 PresetName: TypeAlias = Literal["tiny", "small", "base"]
 DeviceName: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
+EngineName: TypeAlias = Literal["auto", "torch", "openvino"]
 Vox3: TypeAlias = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
 Stride3: TypeAlias = tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]]
 PositiveFloat: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,6 +87,9 @@ class Plan(Settings):
     """Training window, and the sliding window at inference."""
     whole_limit_vox: Vox3
     """A scan that fits in this at `spacing_mm` runs in one pass; a larger one by sliding windows."""
+    coarse_factor: Vox3 | None = None
+    """Voxels averaged along each axis for a coarse view of a whole scan, which then decides where windows run. Never
+    planned: given in a --config file, every fourth training step takes coarse views. None runs all windows."""
     strides: tuple[Stride3, Stride3, Stride3, Stride3]
     """Down-sampling factors of the four levels; an axis that is coarse already is not pooled."""
     grid: Vox3
@@ -162,6 +166,9 @@ class NetworkConfig(Settings):
     """How the three terms of the importance score join: weights learned against the surface, or a plain sum."""
     mixer_layers: Annotated[int, Field(ge=0)] = 2
     """Transformer layers over the kept tokens."""
+    refine_fraction: Fraction = 0.0625
+    """Share of the 2 x 2 x 2 blocks, the most uncertain, whose logits are refined at full resolution; 0 leaves the
+    refinement out."""
 
 
 PRESETS: dict[PresetName, NetworkConfig] = {
@@ -258,6 +265,8 @@ class CohortOptions:
     """Exams of another centre: other field strength, contrast, noise and resolution."""
     seed: int = 0
     """Seed of everything; the first exams of a part do not depend on how many there are."""
+    whole: bool = False
+    """Exams of both breasts at about 1 mm, at least 320 x 320 x 96 voxels, instead of one breast at 1.5 mm."""
 
     def check(self) -> None:
         """Refuse what cannot be meant.
@@ -319,7 +328,7 @@ def parse_settings(kind: type[SettingsT], values: object, *, source: str) -> Set
 def write_run_config(path: Path, config: RunConfig) -> None:
     """Write the whole configuration as TOML that a person can edit and pass back with `--config`."""
     header = "# TokenSeg run configuration. Edit it and pass it back: tokenseg train DATASET RUN --config THIS_FILE\n\n"
-    text = header + tomli_w.dumps(config.model_dump(mode="json"))
+    text = header + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))  # TOML has no null
     write_atomically(path, text.encode())
 
 

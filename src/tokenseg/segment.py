@@ -1,7 +1,8 @@
 """Segmentation of whole volumes: volume -> plan grid -> network -> mask on the input's grid.
 
-A scan that fits the plan's limit runs in one pass; a larger one in Gaussian-weighted sliding windows. Which of the two
-follows from the plan and the scan alone, never from free memory.
+Whether a scan runs in one pass or in windows (`windows.py`) follows from the plan and the scan alone, never from free
+memory. With a model that was trained on coarse views, only those windows run that a coarse view calls for
+(`steering.py`), unless all are asked for.
 """
 
 from __future__ import annotations
@@ -10,25 +11,26 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import Label, Plan
 from tokenseg.data.cases import Case, first_few
 from tokenseg.data.inputs import list_inputs, read_input
 from tokenseg.data.preprocess import prepare_image, restore_logits
+from tokenseg.data.suitability import check_input
 from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_ending, image_stem, write_mask
-from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, FileError, ModelError, TokenSegError
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.progress import Progress, Silent
-from tokenseg.shapes import ImageArray, MaskArray
+from tokenseg.shapes import MaskArray
+from tokenseg.steering import predict_full, predict_steered
 
 SUMMARY_NAME = "summary.csv"
 
@@ -46,14 +48,21 @@ class CaseResult:
     """Volume of each label in millilitres; a region includes the regions within it that are painted over it."""
     error: str = ""
     """Why the case failed."""
+    windows_run: int = 0
+    """Windows that ran at full spacing, over all models; 1 a model where the case ran whole."""
+    windows_full: int = 0
+    """Windows that the full sliding window takes, over all models."""
+    warnings: tuple[str, ...] = ()
+    """In what the scan is far from all that the (first) model was trained on; it is segmented all the same."""
 
 
-def segment_volume(model: Model | Sequence[Model], volume: Volume) -> MaskArray:
+def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool = False) -> MaskArray:
     """Segment one volume.
 
     Args:
         model: A model, or several of the same plan whose probabilities are averaged.
         volume: Must bring the channels that the model expects, by name.
+        full: Run all windows of a large scan, also where the model was trained to choose among them.
 
     Returns:
         Mask (X, Y, Z) on the volume's own grid, in the dataset's label values, 0 elsewhere.
@@ -63,35 +72,25 @@ def segment_volume(model: Model | Sequence[Model], volume: Volume) -> MaskArray:
         ConfigError: The models do not share labels and channels.
         ModelError: A network gives NaN or infinity.
     """
-    models = [model] if isinstance(model, Model) else list(model)
+    return _segment([model] if isinstance(model, Model) else list(model), volume, full=full).mask
+
+
+class _Segmented(NamedTuple):
+    mask: MaskArray
+    windows_run: int
+    windows_full: int
+
+
+def _segment(models: Sequence[Model], volume: Volume, *, full: bool) -> _Segmented:
     check_ensemble(models)
     plan = models[0].facts.plan
     prepared = prepare_image(volume, plan)
-    logits = _average(
-        [predict_logits(each.network, prepared.image, plan, each.device) for each in models], regions=plan.regions
-    )
+    predict = predict_full if full else predict_steered
+    answers = [predict(each, prepared.image) for each in models]
+    logits = _average([answer.logits for answer in answers], regions=plan.regions)
     check_finite(logits, models[0])
-    return restore_logits(logits, prepared.record, plan)
-
-
-def predict_logits(network: nn.Module, image: ImageArray, plan: Plan, device: torch.device) -> Float[Tensor, "L X Y Z"]:
-    """Run the network over a prepared image, whole or in windows as the plan says.
-
-    Args:
-        network: In evaluation mode, on `device`.
-        image: On the plan's grid, normalised.
-        plan: Gives the window and the limit up to which an image runs whole.
-        device: Where to compute; the result is on the CPU, float32.
-    """
-    size = image.shape[1:]
-    padded, start = pad_to_window(torch.from_numpy(image), plan.window_vox)
-    corners = window_corners((padded.shape[1], padded.shape[2], padded.shape[3]), plan)
-    with torch.inference_mode():
-        if corners is None:
-            logits = _forward(network, padded, device)
-        else:
-            logits = _sliding_windows(network, padded, plan.window_vox, corners, device)
-    return logits[(slice(None), *(slice(first, first + length) for first, length in zip(start, size, strict=True)))]
+    run, all_windows = (sum(counts) for counts in zip(*((a.windows_run, a.windows_full) for a in answers), strict=True))
+    return _Segmented(restore_logits(logits, prepared.record, plan), run, all_windows)
 
 
 def check_finite(logits: Float[Tensor, "L X Y Z"], model: Model) -> None:
@@ -105,7 +104,12 @@ def check_finite(logits: Float[Tensor, "L X Y Z"], model: Model) -> None:
 
 
 def segment_files(
-    models: Sequence[Model], input_path: Path, output_path: Path, progress: Progress | None = None
+    models: Sequence[Model],
+    input_path: Path,
+    output_path: Path,
+    progress: Progress | None = None,
+    *,
+    full: bool = False,
 ) -> list[CaseResult]:
     """Segment a file, a folder of cases, or a dataset; write masks and, for a folder, `summary.csv`.
 
@@ -117,6 +121,7 @@ def segment_files(
         input_path: An image file, a folder of images, or a dataset folder.
         output_path: A mask file for a single input file; else a folder, made if absent.
         progress: Told about each case.
+        full: Run all windows of large scans, also where the models were trained to choose among them.
 
     Raises:
         TokenSegError: Input or output cannot be used at all.
@@ -125,12 +130,14 @@ def segment_files(
     cases = list_inputs(input_path, models[0].facts.plan)
     if input_path.is_file():
         _check_output_file(output_path, input_path)
-        return [_segment_case(models, cases[0], output_path)]
+        return [_segment_case(models, cases[0], output_path, full=full)]
     _check_output_folder(output_path, cases)
-    return segment_cases(models, cases, output_path, progress or Silent())
+    return segment_cases(models, cases, output_path, progress or Silent(), full=full)
 
 
-def segment_cases(models: Sequence[Model], cases: Sequence[Case], folder: Path, progress: Progress) -> list[CaseResult]:
+def segment_cases(
+    models: Sequence[Model], cases: Sequence[Case], folder: Path, progress: Progress, *, full: bool = False
+) -> list[CaseResult]:
     """Segment cases into `folder`: `CASE` with the input's ending, and `summary.csv` kept up to date."""
     # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
     results = [CaseResult(case.case_id, None, {}, "not segmented yet") for case in cases]
@@ -139,7 +146,7 @@ def segment_cases(models: Sequence[Model], cases: Sequence[Case], folder: Path, 
     progress.stage("segmenting", len(cases))
     for number, case in enumerate(cases):
         target = folder / _mask_name(case)
-        results[number] = _segment_case(models, case, target)
+        results[number] = _segment_case(models, case, target, full=full)
         if results[number].mask is None:
             # A mask of an earlier call would pass for a result of this one.
             target.unlink(missing_ok=True)
@@ -165,11 +172,12 @@ def check_ensemble(models: Sequence[Model]) -> None:
             )
 
 
-def _segment_case(models: Sequence[Model], case: Case, target: Path) -> CaseResult:
+def _segment_case(models: Sequence[Model], case: Case, target: Path, *, full: bool) -> CaseResult:
     plan = models[0].facts.plan
     try:
         volume = read_input(case, plan)
-        mask = segment_volume(models, volume)
+        segmented = _segment(models, volume, full=full)
+        mask = segmented.mask
         write_mask(target, mask, volume)
     except TokenSegError as error:
         return CaseResult(case.case_id, None, {}, str(error))
@@ -179,7 +187,8 @@ def _segment_case(models: Sequence[Model], case: Case, target: Path) -> CaseResu
         return CaseResult(case.case_id, None, {}, _NO_MEMORY.format(case.case_id))
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes_ml = {label.name: np.isin(mask, _painted_values(label, plan)).sum() * voxel_ml for label in plan.labels}
-    return CaseResult(case.case_id, target, volumes_ml)
+    warnings = check_input(volume, models[0].facts.inputs)
+    return CaseResult(case.case_id, target, volumes_ml, "", segmented.windows_run, segmented.windows_full, warnings)
 
 
 def _is_memory_error(error: Exception) -> bool:
@@ -201,10 +210,14 @@ def _summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
     text = io.StringIO()
     names = [label.name for label in plan.labels]
     writer = csv.writer(text)
-    writer.writerow(["case", *(f"{name}_ml" for name in names), "error"])
+    # Columns of windows only where there is a choice of windows.
+    steered = plan.coarse_factor is not None
+    windows = ["windows_run", "windows_full"] if steered else []
+    writer.writerow(["case", *(f"{name}_ml" for name in names), *windows, "error"])
     for result in results:
         volumes = [f"{result.volumes_ml[name]:.4f}" if result.volumes_ml else "" for name in names]
-        writer.writerow([result.case_id, *volumes, result.error])
+        counts = ["", ""] if result.mask is None else [result.windows_run, result.windows_full]
+        writer.writerow([result.case_id, *volumes, *(counts if steered else []), result.error])
     return text.getvalue().encode()
 
 
@@ -250,68 +263,3 @@ def _average(logits: list[Float[Tensor, "L X Y Z"]], *, regions: bool) -> Float[
     if regions:
         return torch.stack([each.sigmoid() for each in logits]).mean(dim=0).logit(eps=1e-7)
     return torch.stack([each.softmax(dim=0) for each in logits]).mean(dim=0).clamp(min=1e-7).log()
-
-
-def _forward(network: nn.Module, image: Float[Tensor, "C X Y Z"], device: torch.device) -> Float[Tensor, "L X Y Z"]:
-    with autocast(device):
-        logits: Tensor = network(image[None].to(device)).logits
-    return logits[0].float().cpu()
-
-
-def pad_to_window(
-    image: Float[Tensor, "C X Y Z"], window: tuple[int, int, int]
-) -> tuple[Float[Tensor, "C Xp Yp Zp"], list[int]]:
-    """Centre an image that is smaller than the training window in one, as training does."""
-    missing = [max(0, length - size) for length, size in zip(window, image.shape[1:], strict=True)]
-    start = [length // 2 for length in missing]
-    padding = [side for first, total in zip(start, missing, strict=True) for side in (total - first, first)]
-    return nn.functional.pad(image, padding[::-1]), start
-
-
-def _sliding_windows(
-    network: nn.Module,
-    image: Float[Tensor, "C X Y Z"],
-    window: tuple[int, int, int],
-    corners: Sequence[tuple[int, int, int]],
-    device: torch.device,
-) -> Float[Tensor, "L X Y Z"]:
-    weight = _gaussian(window)
-    total: Tensor | None = None
-    norm = torch.zeros(image.shape[1:])
-    for corner in corners:
-        place = tuple(slice(first, first + length) for first, length in zip(corner, window, strict=True))
-        logits = _forward(network, image[(slice(None), *place)], device)
-        if total is None:
-            total = torch.zeros(logits.shape[0], *image.shape[1:])
-        total[(slice(None), *place)] += logits * weight
-        norm[place] += weight
-    if total is None:
-        raise ValueError("an image has at least one window")
-    return total.div_(norm)
-
-
-def window_corners(size: tuple[int, int, int], plan: Plan) -> list[tuple[int, int, int]] | None:
-    """First voxels of the sliding windows over a padded image of this size, in the order in which they run.
-
-    None where the image runs whole.
-    """
-    if all(length <= limit for length, limit in zip(size, plan.whole_limit_vox, strict=True)):
-        return None
-    x, y, z = (window_starts(length, window) for length, window in zip(size, plan.window_vox, strict=True))
-    return list(product(x, y, z))
-
-
-def window_starts(size: int, window: int) -> list[int]:
-    """First voxels of evenly spread windows that overlap by at least half and cover `size` voxels."""
-    steps = -(-(size - window) // max(1, window // 2)) if size > window else 0
-    return [round(step * (size - window) / steps) for step in range(steps + 1)] if steps else [0]
-
-
-def _gaussian(window: tuple[int, int, int]) -> Float[Tensor, "X Y Z"]:
-    """Weight of each voxel of a window: a Gaussian of sigma 1/8 window, at least a thousandth."""
-    axes = []
-    for length in window:
-        distance = (torch.arange(length) - (length - 1) / 2) / (length / 8)
-        axes.append(torch.exp(-0.5 * distance.square()))
-    weight = axes[0][:, None, None] * axes[1][None, :, None] * axes[2][None, None, :]
-    return weight.clamp(min=1e-3)

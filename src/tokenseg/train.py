@@ -45,6 +45,7 @@ from tokenseg.data.datasets import open_dataset
 from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
 from tokenseg.data.planner import make_plan
 from tokenseg.data.splits import split_folds
+from tokenseg.data.suitability import InputFacts, summarise_inputs
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.evaluate import Evaluation, evaluate_folders, write_csv, write_json
@@ -84,6 +85,8 @@ class _Setup:
     options: TrainOptions
     total_steps: int | None
     """None until the timed warm-up, or the plan, has settled it."""
+    inputs: InputFacts | None = None
+    """What the training scans are like."""
 
 
 def train(
@@ -110,7 +113,7 @@ def train(
     device = choose_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    fabric = _fabric(device)
+    fabric = open_fabric(device)
     progress = progress if fabric.is_global_zero else Silent()
     # The first process writes the run folder and the cache; others read what it wrote.
     with fabric.rank_zero_first():
@@ -120,6 +123,7 @@ def train(
             if resumed
             else _new_setup(dataset_path, run_path, options, progress)
         )
+        setup = replace(setup, inputs=_inputs(setup, run_path))
         plan = setup.config.plan
         chosen = {*setup.split.train, *setup.split.val}
         cases = tuple(case for case in setup.dataset.cases if case.case_id in chosen)
@@ -218,6 +222,16 @@ def _fingerprint(dataset: Dataset, run_path: Path, progress: Progress) -> Finger
     return fingerprint
 
 
+def _inputs(setup: _Setup, run_path: Path) -> InputFacts | None:
+    """What the training scans are like; None where the fingerprint that an earlier version left does not tell."""
+    try:
+        fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    training = [case for case in fingerprint.cases if case.case_id in setup.split.train]
+    return summarise_inputs(training, setup.dataset.source_channels) if training else None
+
+
 def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setup:
     try:
         facts = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
@@ -287,7 +301,7 @@ def _write_json(path: Path, values: object) -> None:
     write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def _fabric(device: torch.device) -> Fabric:
+def open_fabric(device: torch.device) -> Fabric:
     """One process, unless a launcher such as torchrun has started several."""
     fabric = Fabric(
         accelerator=device.type,
@@ -320,7 +334,11 @@ def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | Non
             dice = summary.intervals["dice"]
             training[f"validation_dice_{summary.label.name}"] = f"{dice.mean:.4f} ({dice.low:.4f} to {dice.high:.4f})"
     return ModelFacts(
-        name=setup.dataset.root.resolve().name, plan=setup.config.plan, network=setup.config.network, training=training
+        name=setup.dataset.root.resolve().name,
+        plan=setup.config.plan,
+        network=setup.config.network,
+        training=training,
+        inputs=setup.inputs,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from nibabel.orientations import io_orientation
 
-from tokenseg.config import Settings, Spacing3, Vox3
+from tokenseg.config import Fraction, Settings, Spacing3, Vox3
 from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.datasets import LabelledCase, load_case
 from tokenseg.errors import DataError
@@ -35,6 +35,14 @@ class Intensities(Settings):
     percentile_99_5: float
 
 
+class VoxelRange(Settings):
+    """Intensities of one source channel over all voxels, as stored."""
+
+    minimum: float
+    negative_share: Fraction
+    """Share of the voxels below 0."""
+
+
 class CaseFingerprint(Settings):
     """One case in numbers; axes in canonical order (right, anterior, superior)."""
 
@@ -45,6 +53,8 @@ class CaseFingerprint(Settings):
     """One a source channel, over the case's foreground."""
     label_voxels: dict[int, int]
     """Voxels by label value, background 0 included; values that do not occur are left out."""
+    all_voxels: tuple[VoxelRange, ...] = ()
+    """One a source channel; empty in files of versions that did not keep it."""
 
 
 class Fingerprint(Settings):
@@ -74,7 +84,7 @@ def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | Non
         label_voxels = _count_labels(loaded)
         _check_values(dataset, case, set(label_voxels))
         values = _foreground(dataset, loaded)
-        cases.append(_case_fingerprint(case, loaded, label_voxels, values))
+        cases.append(_case_fingerprint(dataset, case, loaded, label_voxels, values))
         samples.append(values[:, :: -(-values.shape[1] // _SAMPLES_A_CASE)])
         if on_case is not None:
             on_case(done, len(dataset.cases))
@@ -88,7 +98,7 @@ def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | Non
 
 
 def _case_fingerprint(
-    case: Case, loaded: LabelledCase, label_voxels: dict[int, int], values: _Values
+    dataset: Dataset, case: Case, loaded: LabelledCase, label_voxels: dict[int, int], values: _Values
 ) -> CaseFingerprint:
     shape, spacing = loaded.mask.array.shape, loaded.volume.spacing_mm
     orientation = io_orientation(loaded.volume.affine)  # type: ignore[no-untyped-call]
@@ -99,6 +109,7 @@ def _case_fingerprint(
         spacing_mm=(spacing[stored_axis[0]], spacing[stored_axis[1]], spacing[stored_axis[2]]),
         intensities=_intensities(values),
         label_voxels=label_voxels,
+        all_voxels=_voxel_ranges(dataset, loaded),
     )
 
 
@@ -109,11 +120,22 @@ def _count_labels(loaded: LabelledCase) -> dict[int, int]:
 
 def _foreground(dataset: Dataset, loaded: LabelledCase) -> _Values:
     """Intensities of the source channels over the foreground, or over all voxels where the case has none."""
-    rows = [loaded.volume.channels.index(name) for name in dataset.source_channels]
+    rows = _source_rows(dataset, loaded)
     foreground: Shaped[np.ndarray, "X Y Z"] = loaded.mask.array != 0
     if not foreground.any():
         return loaded.volume.array[rows].reshape(len(rows), -1)
     return loaded.volume.array[rows][:, foreground]
+
+
+def _voxel_ranges(dataset: Dataset, loaded: LabelledCase) -> tuple[VoxelRange, ...]:
+    channels = loaded.volume.array[_source_rows(dataset, loaded)]
+    return tuple(
+        VoxelRange(minimum=float(channel.min()), negative_share=float((channel < 0).mean())) for channel in channels
+    )
+
+
+def _source_rows(dataset: Dataset, loaded: LabelledCase) -> list[int]:
+    return [loaded.volume.channels.index(name) for name in dataset.source_channels]
 
 
 def _intensities(values: _Values) -> tuple[Intensities, ...]:

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenseg.model.blocks import ConvBlock, Pyramid, ResidualBlock, Stride, space_to_depth
+from tokenseg.model.blocks import ConvBlock, Pyramid, ResidualBlock, Stride
 from tokenseg.model.cells import pool_cells
-from tokenseg.shapes import Images, Tokens
+from tokenseg.shapes import Features, Tokens
 
 
 class HierarchicalEncoder(nn.Module):
@@ -30,17 +30,16 @@ class HierarchicalEncoder(nn.Module):
         self, image_channels: int, widths: tuple[int, ...], blocks: tuple[int, ...], strides: tuple[Stride, ...]
     ) -> None:
         super().__init__()
-        self.stem_stride = strides[0]
-        sx, sy, sz = self.stem_stride
+        sx, sy, sz = strides[0]
         stages = [_stage(image_channels * sx * sy * sz, widths[0], blocks[0], (1, 1, 1))]
         stages += [
             _stage(widths[level - 1], widths[level], blocks[level], strides[level]) for level in range(1, len(widths))
         ]
         self.stages = nn.ModuleList(stages)
 
-    def forward(self, images: Images) -> Pyramid:
-        """Return the pyramid, finest level first; image sizes must be multiples of the first stride."""
-        features: Tensor = space_to_depth(images, self.stem_stride)
+    def forward(self, intensities: Features) -> Pyramid:
+        """Return the pyramid, finest level first, from the raw voxels of each block, (B, S C, x, y, z)."""
+        features: Tensor = intensities
         pyramid = []
         for stage in self.stages:
             features = stage(features)

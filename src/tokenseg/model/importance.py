@@ -7,6 +7,7 @@ stays as `sum`.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from tokenseg.model.blocks import Stride
 from tokenseg.model.cells import pool_cells
-from tokenseg.shapes import Images, Tokens, TokenScalars
+from tokenseg.shapes import Features, Images, Tokens, TokenScalars
 
 
 class Importance(NamedTuple):
@@ -64,7 +65,7 @@ class ImportanceScore(nn.Module):
 
 
 def cell_gradient(
-    images: Images, stride: Stride, spacing_mm: tuple[float, float, float], grid: tuple[int, int, int]
+    intensities: Features, stride: Stride, spacing_mm: tuple[float, float, float], grid: tuple[int, int, int]
 ) -> Float[Tensor, "B n"]:
     """Mean gradient magnitude of the image in every cell, per mm, all channels together.
 
@@ -72,12 +73,15 @@ def cell_gradient(
     voxels and are divided by the distance in mm, so that anisotropic voxels count rightly.
 
     Args:
-        images: Sizes are multiples of `stride`.
+        intensities: Raw voxels of each block, (B, S C, x, y, z), as `space_to_depth` gives them.
         stride: Down-sampling of the first level.
-        spacing_mm: Voxel spacing of `images`.
+        spacing_mm: Voxel spacing of the image.
         grid: Cells along each axis.
     """
-    coarse = nn.functional.avg_pool3d(images, stride)
+    block_vox = prod(stride)
+    averaging = torch.eye(intensities.shape[1] // block_vox, device=intensities.device) / block_vox
+    blocks = intensities.permute(0, 2, 3, 4, 1).float()
+    coarse = torch.matmul(blocks, averaging.repeat_interleave(block_vox, dim=0)).permute(0, 4, 1, 2, 3)
     squares = torch.zeros_like(coarse[:, :1])
     for axis in range(3):
         distance_mm = 2 * stride[axis] * spacing_mm[axis]

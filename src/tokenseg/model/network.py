@@ -6,6 +6,7 @@ mixed, put back into the pyramid, decoded, cropped.
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,15 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenseg.config import NetworkConfig, Plan
-from tokenseg.model.blocks import Pyramid, full_precision
+from tokenseg.model.blocks import Pyramid, depth_to_space, full_precision, is_traced, space_to_depth
 from tokenseg.model.cells import cell_boxes_vox
 from tokenseg.model.decoder import CoarseLogits, Reprojection, SparseToDenseDecoder
 from tokenseg.model.encoder import CandidateTokens, HierarchicalEncoder
 from tokenseg.model.importance import Importance, ImportanceScore, cell_gradient
 from tokenseg.model.mixer import TokenMixer
 from tokenseg.model.quantizer import Quantized, VectorQuantizer, build_quantizer
+from tokenseg.model.refiner import SparseRefiner
 from tokenseg.model.selection import gather_tokens, scatter_tokens, select_tokens
-from tokenseg.shapes import Codes, Images, Logits, TokenFlags, Tokens
+from tokenseg.shapes import Codes, Features, Images, Logits, TokenFlags, Tokens
 
 
 class TokenRecord(NamedTuple):
@@ -67,6 +69,18 @@ class TokenSeg(nn.Module):
         self.encoder = HierarchicalEncoder(len(plan.channels), config.widths, config.blocks, plan.strides)
         self.tokenizer = Tokenizer(config, plan) if config.tokens else None
         self.decoder = SparseToDenseDecoder(config.widths, plan.strides, plan.num_outputs)
+        self.refiner = (
+            SparseRefiner(
+                len(plan.channels),
+                config.widths[0],
+                prod(self.stem_stride),
+                plan.num_outputs,
+                regions=plan.regions,
+                fraction=config.refine_fraction,
+            )
+            if config.refine_fraction
+            else None
+        )
         # Convolutions on channels-last maps are several times faster on a CPU.
         self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
@@ -78,16 +92,24 @@ class TokenSeg(nn.Module):
             num_kept: K for this pass; None takes the configured one.
         """
         x, y, z = images.shape[2:]
-        padded = nn.functional.pad(images, self._padding((x, y, z)))
-        pyramid: Pyramid = self.encoder(padded)
+        padding = self.padding((x, y, z))
+        # A recorded pass would pad by sizes found at run time even where that is nothing, which is dear.
+        padded = images if is_traced() and not any(padding) else nn.functional.pad(images, padding)
+        intensities = space_to_depth(padded, self.stem_stride)
+        pyramid: Pyramid = self.encoder(intensities)
         tokens = None
         if self.tokenizer is not None:
             boxes = self._boxes(pyramid, (x, y, z))
-            pyramid, tokens = self.tokenizer(padded, pyramid, boxes, self.num_kept if num_kept is None else num_kept)
-        logits, deep_logits = self.decoder(pyramid)
+            pyramid, tokens = self.tokenizer(
+                intensities, pyramid, boxes, self.num_kept if num_kept is None else num_kept
+            )
+        features, block_logits, deep_logits = self.decoder(pyramid)
+        if self.refiner is not None:
+            block_logits = self.refiner(intensities, features, block_logits)
+        logits = depth_to_space(block_logits, self.stem_stride)
         return TokenSegOutput(logits[:, :, :x, :y, :z], deep_logits, tokens)
 
-    def _padding(self, size: tuple[int, int, int]) -> list[int]:
+    def padding(self, size: tuple[int, int, int]) -> list[int]:
         """Zeros appended to each axis: a multiple of the first stride, and two voxels left at the last level.
 
         Two, because instance norm needs more than one voxel, and bf16 convolutions on a CPU are wrong where a strided
@@ -123,12 +145,12 @@ class Tokenizer(nn.Module):
         self.reproject = Reprojection(config.widths, width, plan.grid)
 
     def forward(
-        self, images: Images, pyramid: Pyramid, boxes_vox: Int[Tensor, "N 2 3"], num_kept: int
+        self, intensities: Features, pyramid: Pyramid, boxes_vox: Int[Tensor, "N 2 3"], num_kept: int
     ) -> tuple[Pyramid, TokenRecord]:
         """Return the pyramid with the kept tokens added, and the record of what was kept."""
-        gradient = cell_gradient(images, self.stem_stride, self.spacing_mm, self.grid)
         pooled = self.candidates.pool(pyramid)
-        with full_precision(images.device):
+        with full_precision(intensities.device):
+            gradient = cell_gradient(intensities, self.stem_stride, self.spacing_mm, self.grid)
             quantized, commitment_loss = self._quantize(pooled)
             importance = self.score(quantized.tokens, gradient, self._rarity(quantized))
             selection = select_tokens(importance.score, num_kept=num_kept, num_levels=self.num_levels)

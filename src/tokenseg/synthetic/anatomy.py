@@ -16,6 +16,9 @@ from tokenseg.synthetic.kinetics import TissueName
 
 Shares: TypeAlias = dict[TissueName, Field]
 
+NIPPLE_FROM_MIDDLE_MM = 58
+"""Distance from the breast bone to the nipple, along left."""
+
 _BLEND_MM = 14.0
 _NIPPLE_RADIUS_MM = 6.5
 _MUSCLE_MM = 10.0
@@ -45,6 +48,10 @@ class BreastShape:
     skin_mm: float
     gland_share: float
     """Of the breast without its skin; the four density classes of BI-RADS lie in 0.05 to 0.6."""
+    off_centre_mm: float = 0.0
+    """How far to the left of the middle of the field of view the nipple stands."""
+    behind_mm: float = 0.0
+    """Depth of the field of view behind where that of a single breast ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +102,7 @@ def build_anatomy(rng: np.random.Generator, shape: BreastShape, grid: ScanGrid) 
     Args:
         rng: Source of the textures and of small irregularities.
         shape: Sizes of the breast.
-        grid: Where to put it; its nipple stands in the middle from left to right.
+        grid: Where to put it.
     """
     frame = _frame(shape, grid)
     chest = frame.height - _chest_height(shape, frame.lateral) + 1.5 * smooth_noise(rng, grid, (30.0, 30.0, 16.0))
@@ -113,17 +120,22 @@ def build_anatomy(rng: np.random.Generator, shape: BreastShape, grid: ScanGrid) 
     shares["gland"] = breast * _gland(rng, shape, frame, depth, chest, grid)
     shares["fat"] += breast - shares["gland"]
     tip = _nipple_height(shape)
-    return Anatomy(shares, depth, chest, (grid.extent_mm[0] / 2, grid.extent_mm[1] - tip, _centre_up(shape, grid)))
+    nipple_mm = (_nipple_left(shape, grid), grid.extent_mm[1] - shape.behind_mm - tip, _centre_up(shape, grid))
+    return Anatomy(shares, depth, chest, nipple_mm)
 
 
 def _frame(shape: BreastShape, grid: ScanGrid) -> _Frame:
     left, posterior, superior = grid.centres_mm()
-    lateral = left - np.float32(grid.extent_mm[0] / 2)
+    lateral = left - np.float32(_nipple_left(shape, grid))
     return _Frame(
         lateral=lateral if shape.side == "left" else -lateral,
-        height=np.float32(grid.extent_mm[1]) - posterior,
+        height=np.float32(grid.extent_mm[1] - shape.behind_mm) - posterior,
         up=superior - np.float32(_centre_up(shape, grid)),
     )
+
+
+def _nipple_left(shape: BreastShape, grid: ScanGrid) -> float:
+    return grid.extent_mm[0] / 2 + shape.off_centre_mm
 
 
 def _centre_up(shape: BreastShape, grid: ScanGrid) -> float:
@@ -131,12 +143,12 @@ def _centre_up(shape: BreastShape, grid: ScanGrid) -> float:
 
 
 def _chest_height(shape: BreastShape, lateral: Mesh) -> Mesh:
-    height: Mesh = shape.chest_mm - (lateral + 58) ** 2 / (2 * shape.chest_radius_mm)
+    height: Mesh = shape.chest_mm - (lateral + NIPPLE_FROM_MIDDLE_MM) ** 2 / (2 * shape.chest_radius_mm)
     return height
 
 
 def _base_height(shape: BreastShape) -> float:
-    return shape.chest_mm - 58**2 / (2 * shape.chest_radius_mm)
+    return shape.chest_mm - NIPPLE_FROM_MIDDLE_MM**2 / (2 * shape.chest_radius_mm)
 
 
 def _nipple_height(shape: BreastShape) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int16, UInt8
 from scipy.ndimage import gaussian_filter, label
 
 from tokenseg.shapes import Affine
-from tokenseg.synthetic.anatomy import Shares, build_anatomy, draw_breast
+from tokenseg.synthetic.anatomy import Anatomy, Shares, build_anatomy, draw_breast
+from tokenseg.synthetic.both import draw_both
 from tokenseg.synthetic.grid import Field, ScanGrid, Triple, smooth_noise
 from tokenseg.synthetic.kinetics import BLOOD, Exchange, TissueName, signal, tissue_concentration_mm
 from tokenseg.synthetic.lesions import Lesion, LesionMaps, draw_lesions, lesion_maps
@@ -24,7 +25,7 @@ from tokenseg.synthetic.scanner import (
     stored_affine,
     suppress_fat,
 )
-from tokenseg.synthetic.vessels import draw_vessels, vessel_share
+from tokenseg.synthetic.vessels import Vessel, draw_vessels, vessel_share
 
 NUM_PHASES = 3
 
@@ -43,6 +44,7 @@ _GLAND_CHANCE = (0.25, 0.35, 0.25, 0.15)
 _FOCUS_MM = 1.4
 _FOCUS_UPTAKE = 3.0
 
+_Nipples: TypeAlias = dict[Literal["left", "right"], Triple]
 Voxels: TypeAlias = Float[np.ndarray, " voxels"]
 
 
@@ -88,20 +90,20 @@ class _Enhancing(NamedTuple):
     uptake: Field
 
 
-def make_exam(rng: np.random.Generator, centre: CentreName, num_lesions: int) -> Exam:
+def make_exam(rng: np.random.Generator, centre: CentreName, num_lesions: int, *, whole: bool = False) -> Exam:
     """Make an exam.
 
     Args:
         rng: Source of everything random in it; the same state gives the same exam.
         centre: Where it is scanned.
         num_lesions: How many lesions it has.
+        whole: Both breasts at about 1 mm instead of one; where there are lesions, as many small ones come on top.
     """
-    protocol = draw_protocol(rng, centre)
+    protocol = draw_protocol(rng, centre, whole=whole)
     grid = protocol.grid
-    breast = draw_breast(rng)
-    anatomy = build_anatomy(rng, breast, grid)
-    lesions = draw_lesions(rng, num_lesions, anatomy, grid)
-    vessels = vessel_share(rng, draw_vessels(rng, anatomy, breast.side), grid)
+    anatomy, nipples = _draw_both(rng, grid) if whole else _draw_one(rng, grid)
+    lesions = draw_lesions(rng, num_lesions, anatomy, grid, num_small=num_lesions if whole else 0)
+    vessels = vessel_share(rng, _draw_vessels(rng, anatomy, nipples), grid)
     shares = dict(anatomy.shares)
     vessels = np.minimum(vessels, np.sum(list(shares.values()), axis=0))  # none outside the body
     _displace(shares, vessels)
@@ -125,6 +127,22 @@ def make_exam(rng: np.random.Generator, centre: CentreName, num_lesions: int) ->
         protocol=protocol,
         lesions=tuple(_facts(lesion, one, grid, affine) for lesion, one in zip(lesions, maps, strict=True)),
     )
+
+
+def _draw_one(rng: np.random.Generator, grid: ScanGrid) -> tuple[Anatomy, _Nipples]:
+    breast = draw_breast(rng)
+    anatomy = build_anatomy(rng, breast, grid)
+    return anatomy, {breast.side: anatomy.nipple_mm}
+
+
+def _draw_both(rng: np.random.Generator, grid: ScanGrid) -> tuple[Anatomy, _Nipples]:
+    anatomy, right_mm = draw_both(rng, grid)
+    return anatomy, {"left": anatomy.nipple_mm, "right": right_mm}
+
+
+def _draw_vessels(rng: np.random.Generator, anatomy: Anatomy, nipples: _Nipples) -> tuple[Vessel, ...]:
+    sides = [draw_vessels(rng, replace(anatomy, nipple_mm=place), side) for side, place in nipples.items()]
+    return tuple(vessel for vessels in sides for vessel in vessels)
 
 
 def _inside(maps: LesionMaps, body: Field) -> LesionMaps:

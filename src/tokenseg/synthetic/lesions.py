@@ -22,6 +22,7 @@ Uptake: TypeAlias = Literal["rim", "heterogeneous"]
 Points: TypeAlias = Float[np.ndarray, "points 3"]
 
 SMALLEST_MM, LARGEST_MM = 5.0, 40.0
+_SMALL_MM = 10.0
 _REACH = 1.8  # of the radius: no part of a lesion is farther from its centre
 _UNEVENNESS: dict[LesionShape, float] = {"lobulated": 0.03, "spiculated": 0.05}
 _COARSE_SAMPLES = 44
@@ -57,15 +58,27 @@ class LesionMaps:
     uptake: Field
 
 
-def draw_lesions(rng: np.random.Generator, count: int, anatomy: Anatomy, grid: ScanGrid) -> tuple[Lesion, ...]:
+def draw_lesions(
+    rng: np.random.Generator, count: int, anatomy: Anatomy, grid: ScanGrid, num_small: int = 0
+) -> tuple[Lesion, ...]:
     """Draw lesions and their places: inside the breast, apart from skin, chest wall and each other, rather in gland.
 
     A lesion that is too large for its breast is made smaller; where not even the smallest has room there are fewer.
+
+    Args:
+        rng: Source of the draws.
+        count: Lesions of any size.
+        anatomy: Where they may lie.
+        grid: Of the anatomy.
+        num_small: Further lesions, of 5 to 10 mm.
     """
     lesions: list[Lesion] = []
-    for _ in range(count):
-        diameter = SMALLEST_MM + (LARGEST_MM - SMALLEST_MM) * float(rng.beta(2.6, 2.2))
-        if lesions:  # a satellite is the smaller one
+    for number in range(count + num_small):
+        if number >= count:
+            diameter = rng.uniform(SMALLEST_MM, _SMALL_MM)
+        else:
+            diameter = SMALLEST_MM + (LARGEST_MM - SMALLEST_MM) * float(rng.beta(2.6, 2.2))
+        if lesions and number < count:  # a satellite is the smaller one
             diameter = min(diameter, rng.uniform(10, 18))
         while diameter >= SMALLEST_MM:
             centre = _draw_centre(rng, diameter, lesions, anatomy, grid)

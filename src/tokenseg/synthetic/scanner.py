@@ -43,8 +43,14 @@ class Protocol:
     """Turn of the slices about the left-right axis."""
 
 
-def draw_protocol(rng: np.random.Generator, centre: CentreName) -> Protocol:
-    """Draw the scan protocol of an exam: ranges by centre, the external one with another scanner altogether."""
+def draw_protocol(rng: np.random.Generator, centre: CentreName, *, whole: bool = False) -> Protocol:
+    """Draw the scan protocol of an exam: ranges by centre, the external one with another scanner altogether.
+
+    Args:
+        rng: Source of the draws.
+        centre: Where it is scanned.
+        whole: Both breasts, at about 1 mm, instead of one.
+    """
     if centre == "internal":
         steps = rng.uniform(1.4, 1.6), rng.uniform(2.3, 2.7)
         sequence = Sequence(
@@ -65,7 +71,7 @@ def draw_protocol(rng: np.random.Generator, centre: CentreName) -> Protocol:
         fat_left, noise, shading, motion_mm = rng.uniform(0.2, 0.35), rng.uniform(0.09, 0.14), 0.25, 0.5
     return Protocol(
         centre=centre,
-        grid=_grid(rng, *steps),
+        grid=_whole_grid(rng) if whole else _grid(rng, *steps),
         sequence=sequence,
         fat_left=fat_left,
         noise=noise,
@@ -130,6 +136,17 @@ def stored_affine(protocol: Protocol, origin_mm: Triple) -> Affine:
 def _grid(rng: np.random.Generator, in_plane_mm: float, slices_mm: float) -> ScanGrid:
     """About 144 x 144 x 120 mm, in even numbers of voxels, so that exams differ a little in shape."""
     extents = 144 * rng.uniform(0.98, 1.02), 144.0, 120 * rng.uniform(0.96, 1.04)
-    spacing = tuple(round(float(step), 3) for step in (in_plane_mm, in_plane_mm, slices_mm))
-    x, y, z = (2 * round(extent / step / 2) for extent, step in zip(extents, spacing, strict=True))
+    return _grid_of(extents, (in_plane_mm, in_plane_mm, slices_mm))
+
+
+def _whole_grid(rng: np.random.Generator) -> ScanGrid:
+    """About 346 x 340 x 176 mm at 1 x 1 x 1.7 mm: at least 320 x 320 x 96 voxels."""
+    extents = 346 * rng.uniform(0.98, 1.02), 340.0, 176 * rng.uniform(0.99, 1.02)
+    in_plane_mm = rng.uniform(0.99, 1.05)
+    return _grid_of(extents, (in_plane_mm, in_plane_mm, rng.uniform(1.65, 1.8)))
+
+
+def _grid_of(extents_mm: Triple, spacing_mm: Triple) -> ScanGrid:
+    spacing = tuple(round(float(step), 3) for step in spacing_mm)
+    x, y, z = (2 * round(extent / step / 2) for extent, step in zip(extents_mm, spacing, strict=True))
     return ScanGrid(shape_vox=(x, y, z), spacing_mm=(spacing[0], spacing[1], spacing[2]))

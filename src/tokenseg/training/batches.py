@@ -19,6 +19,8 @@ from tokenseg.config import Plan
 from tokenseg.training.augment import Augmentation
 from tokenseg.training.cache import PreparedCase
 
+COARSE_EVERY = 4
+
 
 class Batch(NamedTuple):
     """Windows of one training step."""
@@ -26,10 +28,15 @@ class Batch(NamedTuple):
     images: Float[Tensor, "B C X Y Z"]
     labels: UInt8[Tensor, "B R X Y Z"]
     case_ids: tuple[str, ...]
+    coarse: bool = False
+    """Whether the windows are coarse views of whole cases."""
 
 
 class TrainingBatches(TorchDataset[Batch]):
     """Batch number `step` of a run.
+
+    Where the plan has a `coarse_factor`, every fourth batch holds coarse views of whole cases: the network learns to
+    answer both. They are not mixed, since a lesion has few voxels in a coarse view, and Dice sums over the batch.
 
     Args:
         cases: Prepared training cases.
@@ -53,10 +60,12 @@ class TrainingBatches(TorchDataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """Draw, cut and augment the windows of one step."""
         rng = np.random.default_rng([*self.seed, step])
-        num_foreground = self.num_foreground(step)
+        num_foreground, is_coarse = self.num_foreground(step), self.is_coarse(step)
         windows, names = [], []
         for number in range(self.plan.batch_size):
             case = self.cases[int(rng.integers(len(self.cases)))]
+            if is_coarse and case.coarse is not None:
+                case = case.coarse
             start = draw_window(rng, case, self.plan.window_vox, on_foreground=number < num_foreground)
             window = {
                 "image": cut_window(case.image, start, self.plan.window_vox),
@@ -65,12 +74,16 @@ class TrainingBatches(TorchDataset[Batch]):
             windows.append(self.augment(window, int(rng.integers(2**32, dtype=np.uint64))))
             names.append(case.case_id)
         images, labels = (torch.stack([window[key] for window in windows]) for key in ("image", "labels"))
-        return Batch(images, labels, tuple(names))
+        return Batch(images, labels, tuple(names), is_coarse)
 
     def num_foreground(self, step: int) -> int:
         """Windows of a step that are centred on foreground: the share exactly over many steps, batches of one too."""
         share = self.plan.batch_size * self.foreground_fraction
         return math.floor((step + 1) * share) - math.floor(step * share)
+
+    def is_coarse(self, step: int) -> bool:
+        """Whether a step's windows are coarse views; never where the plan has none."""
+        return self.plan.coarse_factor is not None and step % COARSE_EVERY == COARSE_EVERY - 1
 
 
 def draw_window(

@@ -3,6 +3,7 @@
     cache/<plan and dataset hash>/<case>/image.npy     float32 (C, X, Y, Z) on the plan's grid
                                          labels.npy    uint8 (R, X, Y, Z)
                                          points.npy    int32 (n, 4): output label, x, y, z of foreground voxels
+                                         coarse_3x3x2/ the same three of the coarse view, where the plan has one
 
 Points are a fixed random sample of each label's voxels; training windows are centred on them.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from jaxtyping import Float, Int32, UInt8
 
 from tokenseg.config import Plan
 from tokenseg.data.cases import Case, Dataset
+from tokenseg.data.coarse import coarse_image, coarse_labels
 from tokenseg.data.datasets import load_case
 from tokenseg.data.preprocess import prepare_image, prepare_labels
 from tokenseg.errors import FileError, TokenSegError
 from tokenseg.files import remove_leftovers, write_atomically
 from tokenseg.progress import Progress
+from tokenseg.shapes import ImageArray
 
 POINTS_PER_LABEL = 2000
 
@@ -37,6 +40,8 @@ class PreparedCase:
     image: Float[np.ndarray, "C X Y Z"]
     labels: UInt8[np.ndarray, "R X Y Z"]
     points: Int32[np.ndarray, "n 4"]
+    coarse: PreparedCase | None = None
+    """Coarse view of the whole case, where the plan has a `coarse_factor`."""
 
 
 def prepare_cases(
@@ -56,7 +61,7 @@ def prepare_cases(
         # `points.npy` is written last: where it is, the other two are complete.
         if not (case_folder / "points.npy").exists():
             _prepare(dataset, case, plan, case_folder)
-        prepared[case.case_id] = _open(case.case_id, case_folder)
+        prepared[case.case_id] = _open_with_coarse(case.case_id, case_folder, plan)
         progress.advance(case.case_id)
     return prepared
 
@@ -77,10 +82,26 @@ def _prepare(dataset: Dataset, case: Case, plan: Plan, folder: Path) -> None:
         labels = prepare_labels(loaded.mask, prepared.record, plan)
     except TokenSegError as error:
         raise type(error)(f"case {case.case_id}: {error}") from error
+    _save_all(folder, prepared.image, labels, regions=plan.regions)
+
+
+def _open_with_coarse(case_id: str, folder: Path, plan: Plan) -> PreparedCase:
+    case = _open(case_id, folder)
+    if plan.coarse_factor is None:
+        return case
+    coarse_folder = folder / ("coarse_" + "x".join(str(factor) for factor in plan.coarse_factor))
+    if not (coarse_folder / "points.npy").exists():
+        image = coarse_image(case.image, plan.coarse_factor)
+        labels = coarse_labels(case.labels, plan.coarse_factor)
+        _save_all(coarse_folder, image, labels, regions=plan.regions)
+    return replace(case, coarse=_open(case_id, coarse_folder))
+
+
+def _save_all(folder: Path, image: ImageArray, labels: UInt8[np.ndarray, "R X Y Z"], *, regions: bool) -> None:
     remove_leftovers(folder)
-    _save(folder / "image.npy", prepared.image)
+    _save(folder / "image.npy", image)
     _save(folder / "labels.npy", labels)
-    _save(folder / "points.npy", _sample_points(labels, regions=plan.regions))
+    _save(folder / "points.npy", _sample_points(labels, regions=regions))
 
 
 def _sample_points(labels: UInt8[np.ndarray, "R X Y Z"], *, regions: bool) -> Int32[np.ndarray, "n 4"]:

@@ -25,12 +25,12 @@ from tokenseg.errors import TrainingError
 from tokenseg.losses import LossParts, training_loss
 from tokenseg.model.network import TokenSeg
 from tokenseg.progress import Progress
-from tokenseg.segment import predict_logits
 from tokenseg.training.batches import Batch, TrainingBatches
 from tokenseg.training.board import open_board, write_row
 from tokenseg.training.cache import PreparedCase
 from tokenseg.training.journal import Journal
 from tokenseg.training.state import SavedStep, load_state, save_state
+from tokenseg.windows import predict_logits, torch_forward
 
 STATE_NAME, LOG_NAME = "state.safetensors", "log.csv"
 QUICK_CASES = 8
@@ -205,7 +205,7 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
     network.eval()
     scores = []
     for case in cases[:: max(1, len(cases) // QUICK_CASES)][:QUICK_CASES]:
-        logits = predict_logits(network, np.array(case.image), plan, device)
+        logits = predict_logits(torch_forward(network, device), np.array(case.image), plan)
         for number in range(len(plan.labels)):
             reference = case.labels[number] > 0 if plan.regions else case.labels[0] == number + 1
             predicted = (logits[number] > 0 if plan.regions else logits.argmax(dim=0) == number + 1).numpy()

@@ -1,0 +1,196 @@
+"""Token-steered windows against the full sliding window of the same weights, case by case, appended to steering.csv.
+
+    python benchmarks/steering.py DATASET MODEL [--cases N] [--from N] [--threads N] [--csv FILE]
+    python benchmarks/steering.py DATASET MODEL --sweep     thresholds on validation cases: prints, writes nothing
+
+Each case is segmented both ways, one right after the other, on its own grid. A lesion is a piece of the reference
+(26-connected). It is found where the prediction meets it, and lost where the full sliding window finds it and the
+steered windows do not. False positives are pieces of the prediction that meet no lesion. `network_s` runs from the
+prepared image to logits, coarse pass and placing of windows included; `total_s` adds reading, preparation and the way
+back to the scan's grid. Dice is that of all foreground; cases without any are left out of its mean. The row `all`
+adds up counts and averages times and Dice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import label
+
+from tokenseg.checkpoint import Model, load_model
+from tokenseg.data.cases import Case, Dataset
+from tokenseg.data.datasets import load_case, open_dataset
+from tokenseg.data.preprocess import prepare_image, prepare_labels, restore_logits
+from tokenseg.shapes import ImageArray
+from tokenseg.steering import KEPT_SCORE, Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
+from tokenseg.windows import pad_to_window, window_corners
+
+COLUMNS = (
+    *("date", "commit", "dataset", "model", "threads", "case", "mode", "windows_run", "windows_full", "kept_cells"),
+    *("network_s", "total_s", "dice", "lesions", "found", "lost", "false_positives", "largest_lost_vox"),
+)
+MODES: dict[str, Callable[[Model, ImageArray], Steered]] = {"full": predict_full, "steered": predict_steered}
+PROBABILITIES = (0.9, 0.5, 0.1, 0.05, 0.02, 0.01, 0.001)
+SCORES = (0.0, 0.4, 0.5, 0.6)
+PIECES = np.ones((3, 3, 3))
+
+
+def main() -> None:
+    """Measure every case both ways, or sweep the thresholds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--cases", type=int, help="this many; all if not given")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="from this one on, by sorted id")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("steering.csv"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model, dataset = load_model(arguments.model), open_dataset(arguments.dataset)
+    cases = sorted(dataset.cases, key=lambda case: case.case_id)[arguments.first :][: arguments.cases]
+    if arguments.sweep:
+        sweep(model, dataset, cases)
+        return
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+    common = {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "dataset": f"{arguments.dataset.resolve().parent.name}/{arguments.dataset.resolve().name}",
+        "model": model.facts.name,
+        "threads": arguments.threads,
+    }
+    new = not arguments.csv.exists()
+    with arguments.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        rows = []
+        for case in cases:
+            rows += measure(model, dataset, case)
+            for row in rows[-2:]:
+                print(row, flush=True)
+        for row in (*rows, *summary(rows)):
+            writer.writerow(
+                common | {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()}
+            )
+
+
+def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:
+    """Segment a case both ways and compare with its reference: a row a mode."""
+    plan, rows, found_before = model.facts.plan, [], np.zeros(0, dtype=bool)
+    for mode, predict in MODES.items():
+        started = time.perf_counter()
+        loaded = load_case(dataset, case)
+        prepared = prepare_image(loaded.volume, plan)
+        begun = time.perf_counter()
+        answer = predict(model, prepared.image)
+        network_s = time.perf_counter() - begun
+        mask = restore_logits(answer.logits, prepared.record, plan) != 0
+        total_s = time.perf_counter() - started
+        reference = loaded.mask.array > 0
+        lesions, count = label(reference, PIECES)
+        found = np.bincount(lesions[mask], minlength=count + 1)[1:] > 0
+        lost = found_before & ~found if mode == "steered" else np.zeros(count, dtype=bool)
+        found_before = found
+        sizes = np.bincount(lesions.ravel(), minlength=count + 1)[1:]
+        rows.append(
+            {
+                "case": case.case_id,
+                "mode": mode,
+                "windows_run": answer.windows_run,
+                "windows_full": answer.windows_full,
+                "kept_cells": num_kept_cells(model, prepared.image) if mode == "steered" else "",
+                "network_s": network_s,
+                "total_s": total_s,
+                "dice": dice(mask, reference) if reference.any() else "",
+                "lesions": count,
+                "found": int(found.sum()),
+                "lost": int(lost.sum()),
+                "false_positives": false_positives(mask, reference),
+                "largest_lost_vox": int(sizes[lost].max(initial=0)),
+            }
+        )
+    return rows
+
+
+def dice(mask: np.ndarray, reference: np.ndarray) -> float:
+    """Overlap of two masks, the reference not empty."""
+    return 2 * float((mask & reference).sum()) / float(mask.sum() + reference.sum())
+
+
+def false_positives(mask: np.ndarray, reference: np.ndarray) -> int:
+    """Pieces of the prediction that meet no lesion."""
+    pieces, count = label(mask, PIECES)
+    return count - len(np.unique(pieces[mask & reference]))
+
+
+def num_kept_cells(model: Model, image: ImageArray) -> int:
+    """Candidate cells of the coarse view whose importance calls for a look."""
+    return int((look_coarsely(model, torch.from_numpy(image)).scores >= KEPT_SCORE).sum())
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a mode over all cases."""
+    result = []
+    for mode in MODES:
+        own = [row for row in rows if row["mode"] == mode]
+        sums = {
+            name: sum(row[name] or 0 for row in own)
+            for name in ("windows_run", "windows_full", "kept_cells", "lesions", "found", "lost", "false_positives")
+        }
+        means = {
+            name: float(np.mean([row[name] for row in own if row[name] != ""]))
+            for name in ("network_s", "total_s", "dice")
+        }
+        largest = max(row["largest_lost_vox"] for row in own)
+        result.append({"case": "all", "mode": mode, **sums, **means, "largest_lost_vox": largest})
+        print(result[-1])
+    return result
+
+
+def sweep(model: Model, dataset: Dataset, cases: list[Case]) -> None:
+    """For each pair of thresholds: windows that would run, and lesions (and their voxels) that no kept voxel meets."""
+    plan = model.facts.plan
+    if plan.coarse_factor is None:
+        sys.exit(f"{model.facts.name} was trained without coarse views")
+    windows = dict.fromkeys(product(PROBABILITIES, SCORES), 0)
+    missed = {pair: list[int]() for pair in windows}
+    num_full, num_lesions = 0, 0
+    for case in cases:
+        loaded = load_case(dataset, case)
+        prepared = prepare_image(loaded.volume, plan, covering=loaded.mask)
+        padded, start = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
+        size = padded.shape[1], padded.shape[2], padded.shape[3]
+        view = look_coarsely(model, padded)
+        reference = prepare_labels(loaded.mask, prepared.record, plan).max(axis=0) > 0
+        lesions, count = label(reference, PIECES)
+        num_lesions += count
+        num_full += len(window_corners(size, plan) or [()])
+        for pair in windows:
+            kept = kept_voxels(view, plan, *pair)
+            windows[pair] += len(cover(kept, size, plan.window_vox, plan.coarse_factor))
+            whole = np.kron(kept, np.ones(plan.coarse_factor, dtype=bool))[tuple(slice(length) for length in size)]
+            inner = tuple(slice(a, a + b) for a, b in zip(start, reference.shape, strict=True))
+            met = np.bincount(lesions[whole[inner]], minlength=count + 1)[1:] > 0
+            missed[pair] += np.bincount(lesions.ravel(), minlength=count + 1)[1:][~met].tolist()
+        print(case.case_id, count, "lesions", flush=True)
+    print(f"{len(cases)} cases, {num_lesions} lesions, {num_full} windows in the full sliding window")
+    for (probability, score), run in windows.items():
+        lost = sorted(missed[probability, score])
+        print(f"probability {probability:<6} score {score:<4} windows {run:5d} = {run / num_full:.3f}, missed {lost}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Comparisons of TokenSeg with other networks: speed and accuracy."""

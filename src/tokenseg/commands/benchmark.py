@@ -1,0 +1,60 @@
+"""`tokenseg benchmark`: `speed` and `accuracy`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from tokenseg.benchmark.speed_options import SpeedOptions
+from tokenseg.commands.benchmark_accuracy import Accuracy
+from tokenseg.commands.checks import check_outputs, needs_extra, quieten_training_libraries
+from tokenseg.terminal import Terminal, say
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measure time, memory and operations of networks beside each other, each in a process of its own."""
+
+    options: Annotated[SpeedOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SpeedOptions)
+
+    def execute(self) -> int:
+        """Measure, print a table, write the files asked for."""
+        options = self.options
+        options.check()
+        needs_extra("train", "monai", "lightning_fabric")
+        check_outputs(csv=options.csv, plot=options.plot)
+        quieten_training_libraries()
+        from tokenseg.benchmark.frontier import check_can_plot, read_dice, write_frontier
+        from tokenseg.benchmark.speed import measure_speed
+        from tokenseg.benchmark.speed_rows import like, read_rows
+        from tokenseg.benchmark.speed_table import table_text
+
+        if options.plot is not None:
+            check_can_plot(options.plot)
+        dice = None if options.accuracy is None else read_dice(options.accuracy)
+        with Terminal() as terminal:
+            rows = measure_speed(options, terminal)
+        print(table_text(rows), end="")
+        if options.csv is not None:
+            say(f"rows: {options.csv}")
+        if options.plot is not None:
+            write_frontier(options.plot, rows if options.csv is None else like(rows, read_rows(options.csv)), dice)
+            say(f"plot: {options.plot}")
+        return 0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Compare TokenSeg with other networks: how fast, how large, how accurate."""
+
+    what: Annotated[
+        Annotated[Speed, tyro.conf.subcommand("speed")] | Annotated[Accuracy, tyro.conf.subcommand("accuracy")],
+        tyro.conf.arg(name=""),
+    ]
+
+    def execute(self) -> int:
+        """Run the comparison asked for."""
+        return self.what.execute()

@@ -1,0 +1,37 @@
+"""`tokenseg cohort`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tokenseg.commands.checks import refuse_file
+from tokenseg.config import CohortOptions
+from tokenseg.terminal import Terminal
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Draw synthetic breast DCE-MRI exams in the MAMA-MIA layout, to try things on without data."""
+
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to make; OUT/train, OUT/test and OUT/external will be datasets."""
+    options: Annotated[CohortOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=CohortOptions)
+
+    def execute(self) -> int:
+        """Draw, then say where the exams are."""
+        from tokenseg.cohort import write_cohort
+
+        refuse_file(self.output)
+        with Terminal() as terminal:
+            facts = write_cohort(self.output, self.options, terminal)
+        for part in facts.parts:
+            print(f"{part.name}: {part.num_exams} exams in {part.folder}")
+        if self.options.train > 1:
+            print(f"next: tokenseg train {self.output / 'train'} RUN --max-minutes 10")
+        print("All exams are synthetic: figures from them say nothing about patients.")
+        return 0

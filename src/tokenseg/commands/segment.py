@@ -1,0 +1,99 @@
+"""`tokenseg segment`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from tokenseg import NOTICE
+from tokenseg.commands.checks import check_outputs
+from tokenseg.config import DeviceName, EngineName
+from tokenseg.errors import ConfigError, TokenSegError
+from tokenseg.terminal import Terminal, say
+
+if TYPE_CHECKING:
+    from tokenseg.checkpoint import Model
+    from tokenseg.segment import CaseResult
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Segment a file, a folder of cases, or all images of a dataset folder."""
+
+    input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
+    """Image file, folder of images, or dataset folder."""
+    output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
+    """Mask file if INPUT is a file, else a folder."""
+    model: Path
+    """Run folder or model folder, or the name of a built-in model."""
+    folds: tuple[Path, ...] = ()
+    """Further run folders of the same plan; probabilities are averaged."""
+    device: DeviceName = "auto"
+    """Where to compute."""
+    engine: EngineName = "auto"
+    """What computes; auto: OpenVINO on a CPU where the extra `openvino` is installed, else torch."""
+    threads: int | None = None
+    """CPU threads; all cores if not given."""
+    full: bool = False
+    """Run all windows of large scans, also where the model was trained to choose among them."""
+    report: Path | None = None
+    """Write volumes, pictures and tokens as one HTML page here."""
+
+    def execute(self) -> int:
+        """Segment, print volumes, return 1 if a case failed."""
+        import torch
+
+        from tokenseg.checkpoint import load_model
+        from tokenseg.device import choose_device
+        from tokenseg.engine import choose_engine
+        from tokenseg.segment import segment_files
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ConfigError(f"--threads {self.threads}: must be at least 1")
+            torch.set_num_threads(self.threads)
+        check_outputs(report=self.report)
+        device = choose_device(self.device)
+        models = [load_model(path, device) for path in (self.model, *self.folds)]
+        chosen = choose_engine(models, self.engine, threads=self.threads)
+        if chosen.problem:
+            say(f"note: {chosen.problem}; torch computes")
+        with Terminal() as terminal:
+            results = segment_files(chosen.models, self.input, self.output, terminal, full=self.full)
+        failed = [result for result in results if result.mask is None]
+        single = self.input.is_file()
+        if single and failed:
+            raise TokenSegError(failed[0].error)
+        say(f"engine: {chosen.engine}, {chosen.precision}, {device.type}")
+        for result in results:
+            _print_case(result)
+        for result in failed:
+            say(f"error: {result.case_id}: {result.error}")
+        if not single:
+            print(f"{len(results) - len(failed)} of {len(results)} cases segmented; {self.output / 'summary.csv'}")
+        print(NOTICE)
+        self._write_report(models[0], results)
+        return 1 if failed else 0
+
+    def _write_report(self, model: Model, results: list[CaseResult]) -> None:
+        if self.report is None:
+            return
+        from tokenseg.data.inputs import list_inputs
+        from tokenseg.report.reports import segmentation_report, tokens_of_largest
+
+        plan = model.facts.plan
+        cases = list_inputs(self.input, plan)
+        tokens = tokens_of_largest(model, results, cases)
+        segmentation_report(self.report, results, cases, plan, date.today().isoformat(), tokens=tokens)
+        say(f"report: {self.report}")
+
+
+def _print_case(result: CaseResult) -> None:
+    volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in result.volumes_ml.items())
+    print(f"{result.case_id}: {volumes}" if result.mask else f"{result.case_id}: FAILED")
+    for warning in result.warnings:
+        say(f"warning: {result.case_id}: {warning}")

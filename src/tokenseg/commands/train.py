@@ -1,0 +1,40 @@
+"""`tokenseg train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tokenseg.commands.checks import needs_extra, quieten_training_libraries, refuse_file
+from tokenseg.config import TrainOptions
+from tokenseg.terminal import Terminal, print_evaluation
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on a dataset folder (Medical Segmentation Decathlon, nnU-Net v2 or MAMA-MIA layout)."""
+
+    dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
+    """Dataset folder."""
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder to make; the model will be in RUN/model."""
+    options: Annotated[TrainOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainOptions)
+
+    def execute(self) -> int:
+        """Train, then print the validation table."""
+        needs_extra("train", "monai", "lightning_fabric")
+        refuse_file(self.run)
+        quieten_training_libraries()
+        from tokenseg.train import train
+
+        with Terminal() as terminal:
+            result = train(self.dataset, self.run, self.options, terminal)
+        print_evaluation(result.evaluation)
+        print(f"model: {self.run / 'model'}  ({result.steps} steps)")
+        print(f"report: {self.run / 'report.html'}")
+        print(f"next: tokenseg segment SCAN.nii.gz MASK.nii.gz --model {self.run}")
+        return 0

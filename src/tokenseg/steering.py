@@ -1,0 +1,260 @@
+"""Token-steered windows: a coarse view of a large scan decides where the network runs at full spacing.
+
+One pass over the whole scan, averaged by the plan's `coarse_factor`, gives a coarse answer and the tokens' scores.
+Where cells are of some importance, coarse voxels that may hold foreground are kept, however many there are. Windows
+at full spacing are placed so that each kept voxel lies in the middle half of one, as every voxel does in the full
+sliding window.
+
+The answer at full spacing counts alone in the middle half of each window, which reaches to the edge of the scan where
+the window does. From there to the edge of the window its share falls linearly to zero, and the coarse answer,
+interpolated, has the rest; where no window lies it stands alone. Where this would take as many windows as the full
+sliding window, that one runs instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from scipy.ndimage import binary_dilation
+from torch import Tensor
+
+from tokenseg.checkpoint import Model
+from tokenseg.config import Plan, Vox3
+from tokenseg.data.coarse import coarse_image
+from tokenseg.device import autocast
+from tokenseg.errors import ConfigError
+from tokenseg.shapes import ImageArray
+from tokenseg.windows import WindowSum, forward_of, pad_to_window, predict_logits, sum_windows, window_corners
+
+KEPT_PROBABILITY = 0.02
+"""Coarse voxels are kept from this probability of foreground on: low, since what is not kept is not looked at again, and
+below 1/2, so that no voxel is foreground by the coarse answer alone."""
+KEPT_SCORE = 0.4
+"""Cells are kept from this importance on."""
+
+Corner = tuple[int, int, int]
+
+
+class Steered(NamedTuple):
+    """Logits of a scan, and how many windows they took."""
+
+    logits: Float[Tensor, "L X Y Z"]
+    windows_run: int
+    """Passes at full spacing."""
+    windows_full: int
+    """Passes that the full sliding window takes; 1 where the scan runs whole."""
+
+
+class CoarseView(NamedTuple):
+    """The network's answer to the coarse view of a scan."""
+
+    logits: Float[Tensor, "L Xc Yc Zc"]
+    cells_vox: Int[np.ndarray, "N 2 3"]
+    """Corners of the candidate cells in coarse voxels; none where the network has no tokens."""
+    scores: Float[np.ndarray, " N"]
+    """Importance of each cell."""
+
+
+def predict_steered(model: Model, image: ImageArray) -> Steered:
+    """Run a network over a prepared image: whole, or at full spacing where a coarse view calls for it.
+
+    Args:
+        model: Without a `coarse_factor` in its plan, all windows run.
+        image: On the plan's grid, normalised.
+    """
+    plan = model.facts.plan
+    # Windows lie on the image as it is padded to one window at least.
+    padded, start = pad_to_window(torch.from_numpy(image), plan.window_vox)
+    size = _shape3(padded.shape[1:])
+    full = window_corners(size, plan)
+    if full is None or plan.coarse_factor is None:
+        return predict_full(model, image)
+    view = look_coarsely(model, padded)
+    corners = cover(kept_voxels(view, plan), size, plan.window_vox, plan.coarse_factor)
+    if len(corners) >= len(full):
+        return predict_full(model, image)
+    logits = _spread(view.logits, plan.coarse_factor, size)
+    if corners:
+        with torch.inference_mode():
+            total = sum_windows(forward_of(model), padded, plan.window_vox, corners)
+            logits = _joined(logits, total, fine_share(corners, size, plan.window_vox))
+    inner = tuple(slice(first, first + length) for first, length in zip(start, image.shape[1:], strict=True))
+    return Steered(logits[(slice(None), *inner)], len(corners), len(full))
+
+
+def predict_full(model: Model, image: ImageArray) -> Steered:
+    """Run a network over all of a prepared image at full spacing."""
+    plan = model.facts.plan
+    padded, _ = pad_to_window(torch.from_numpy(image), plan.window_vox)
+    corners = window_corners(_shape3(padded.shape[1:]), plan)
+    count = 1 if corners is None else len(corners)
+    return Steered(predict_logits(forward_of(model), image, plan), count, count)
+
+
+def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> CoarseView:
+    """Run the network once over the coarse view of a whole image.
+
+    Args:
+        model: Its plan has a `coarse_factor`.
+        image: On the plan's grid, normalised.
+    """
+    plan = model.facts.plan
+    if plan.coarse_factor is None:
+        raise ConfigError(f"model {model.facts.name!r} was trained without coarse views; run all windows")
+    coarse = torch.from_numpy(coarse_image(image.numpy(), plan.coarse_factor))
+    padded, start = pad_to_window(coarse, plan.window_vox)
+    # By torch in any case: the other engines give no tokens.
+    with torch.inference_mode(), autocast(model.device):
+        output = model.network(padded[None].to(model.device))
+    size = _shape3(coarse.shape[1:])
+    inner = tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
+    logits = output.logits[0].float().cpu()[(slice(None), *inner)]
+    if output.tokens is None:
+        return CoarseView(logits, np.zeros((0, 2, 3), dtype=np.int64), np.zeros(0, dtype=np.float32))
+    cells = np.clip(output.tokens.boxes_vox.cpu().numpy() - start, 0, size)
+    return CoarseView(logits, cells, output.tokens.importance.score[0].float().cpu().numpy())
+
+
+def kept_voxels(
+    view: CoarseView, plan: Plan, least_probability: float = KEPT_PROBABILITY, least_score: float = KEPT_SCORE
+) -> Bool[np.ndarray, "Xc Yc Zc"]:
+    """Coarse voxels that may hold foreground, however many, and those next to them.
+
+    Args:
+        view: From `look_coarsely`. Without cells, all voxels are looked at.
+        plan: Says how outputs are to be read.
+        least_probability: Voxels are kept from this probability of foreground on,
+        least_score: if a cell of at least this importance, of any level, holds them.
+    """
+    kept = foreground_probability(view.logits, plan) >= least_probability
+    if len(view.cells_vox):
+        looked_at = np.zeros_like(kept)
+        for low, high in view.cells_vox[view.scores >= least_score]:
+            looked_at[tuple(slice(first, last) for first, last in zip(low, high, strict=True))] = True
+        kept &= looked_at
+    dilated: Bool[np.ndarray, "Xc Yc Zc"] = binary_dilation(kept, np.ones((3, 3, 3)))
+    return dilated
+
+
+def foreground_probability(logits: Float[Tensor, "L X Y Z"], plan: Plan) -> Float[np.ndarray, "X Y Z"]:
+    """Probability that a voxel is no background; of regions, the largest."""
+    if plan.regions:
+        return logits.sigmoid().amax(dim=0).numpy()
+    return 1 - logits.softmax(dim=0)[0].numpy()
+
+
+def cover(kept: Bool[np.ndarray, "Xc Yc Zc"], size: Vox3, window: Vox3, factor: Vox3) -> list[Corner]:
+    """Place windows so that every kept voxel lies in the middle half of one: the fewest that a greedy search finds.
+
+    The middle half reaches to the edge of the scan where its window does. Each turn takes the place that covers most
+    of what is left, the first in a tie, and then centres the window on what it covers.
+
+    Args:
+        kept: Voxels of the coarse view.
+        size: Of the scan at full spacing; at least the window.
+        window: Size of a window.
+        factor: Voxels of the scan in one of the coarse view.
+
+    Returns:
+        First voxels of the windows, in the order in which they were chosen.
+    """
+    axes = [_places(*each) for each in zip(size, window, factor, kept.shape, strict=True)]
+    left, corners = kept.copy(), list[Corner]()
+    while left.any():
+        counts: Int[np.ndarray, "x y z"] = left.astype(np.int32)
+        for axis, places in enumerate(axes):
+            counts = places.sums(counts, axis)
+        turn = np.unravel_index(int(counts.argmax()), counts.shape)
+        best = [int(places.searched[at]) for places, at in zip(axes, turn, strict=True)]
+        inside = tuple(slice(places.low[at], places.high[at]) for places, at in zip(axes, best, strict=True))
+        covered = np.argwhere(left[inside]) + [part.start for part in inside]
+        corner = [
+            places.centred(at, int(line.min()), int(line.max()))
+            for places, at, line in zip(axes, best, covered.T, strict=True)
+        ]
+        left[tuple(slice(places.low[at], places.high[at]) for places, at in zip(axes, corner, strict=True))] = False
+        corners.append((corner[0], corner[1], corner[2]))
+    return corners
+
+
+def fine_share(corners: Sequence[Corner], size: Vox3, window: Vox3) -> Float[Tensor, "X Y Z"]:
+    """How much the answer at full spacing counts in each voxel: 1 in the middle half of a window, 0 outside of all.
+
+    From the middle half to the edge of the window the share falls linearly, except towards the edge of the scan.
+    """
+    share = torch.zeros(size)
+    for corner in corners:
+        x, y, z = (_ramp(*axis) for axis in zip(corner, size, window, strict=True))
+        place = tuple(slice(first, first + length) for first, length in zip(corner, window, strict=True))
+        own = torch.minimum(torch.minimum(x[:, None, None], y[None, :, None]), z[None, None, :])
+        share[place] = torch.maximum(share[place], own)
+    return share
+
+
+class _Places(NamedTuple):
+    """All places of a window along an axis: place n begins at voxel n of the scan."""
+
+    low: Int[np.ndarray, " places"]
+    """First coarse voxel whose centre lies in the middle half."""
+    high: Int[np.ndarray, " places"]
+    """One past the last."""
+    searched: Int[np.ndarray, " some"]
+    """Places that the search looks at: about one a coarse voxel, close enough to reach every voxel."""
+    window: int
+    factor: int
+
+    def sums(self, values: Int[np.ndarray, "x y z"], axis: int) -> Int[np.ndarray, "X Y Z"]:
+        """Sum the values along an axis over the middle half of each place that is searched."""
+        table = np.insert(values.cumsum(axis, dtype=np.int32), 0, 0, axis=axis)
+        sums: Int[np.ndarray, "X Y Z"] = table.take(self.high[self.searched], axis) - table.take(
+            self.low[self.searched], axis
+        )
+        return sums
+
+    def centred(self, place: int, first: int, last: int) -> int:
+        """Move a place so that coarse voxels first to last lie in the middle of the window, if that keeps them in."""
+        middle = (first + last + 1) * self.factor / 2
+        moved = min(max(round(middle - self.window / 2), 0), len(self.low) - 1)
+        return moved if self.low[moved] <= first and last < self.high[moved] else place
+
+
+def _places(size: int, window: int, factor: int, num_coarse: int) -> _Places:
+    first = np.arange(size - window + 1)
+    low = np.ceil((first + window // 4) / factor - 0.5).astype(np.int64)
+    high = np.ceil((first + window - window // 4) / factor - 0.5).astype(np.int64)
+    low[0], high[-1] = 0, num_coarse
+    searched = np.append(first[: -1 : min(factor, max(1, window // 4))], first[-1])
+    return _Places(low, np.minimum(high, num_coarse), searched, window, factor)
+
+
+def _ramp(first: int, size: int, window: int) -> Float[Tensor, " w"]:
+    inwards = torch.arange(window) + 0.5
+    below = inwards if first > 0 else torch.full_like(inwards, math.inf)
+    above = inwards.flip(0) if first + window < size else torch.full_like(inwards, math.inf)
+    share: Float[Tensor, " w"] = (torch.minimum(below, above) / max(1, window // 4)).clamp(max=1)
+    return share
+
+
+def _joined(
+    coarse: Float[Tensor, "L X Y Z"], fine: WindowSum, share: Float[Tensor, "X Y Z"]
+) -> Float[Tensor, "L X Y Z"]:
+    logits = fine.weighted.div_(fine.weight.clamp(min=torch.finfo(torch.float32).tiny))
+    return torch.where(share == 1, logits, torch.lerp(coarse, logits, share))
+
+
+def _spread(logits: Float[Tensor, "L Xc Yc Zc"], factor: Vox3, size: Vox3) -> Float[Tensor, "L X Y Z"]:
+    """Interpolate coarse logits linearly to full spacing."""
+    whole = [count * length for count, length in zip(factor, logits.shape[1:], strict=True)]
+    x, y, z = size
+    return F.interpolate(logits[None], size=whole, mode="trilinear", align_corners=False)[0, :, :x, :y, :z]
+
+
+def _shape3(sizes: Sequence[int]) -> Vox3:
+    x, y, z = sizes
+    return x, y, z
