@@ -33,8 +33,8 @@ from tokenseg.shapes import ImageArray
 from tokenseg.windows import WindowSum, forward_of, pad_to_window, predict_logits, sum_windows, window_corners
 
 KEPT_PROBABILITY = 0.02
-"""Coarse voxels are kept from this probability of foreground on: low, since what is not kept is not looked at again, and
-below 1/2, so that no voxel is foreground by the coarse answer alone."""
+"""Coarse voxels are kept from this probability of foreground on: low, since what is not kept is not looked at again,
+and below 1/2, so that no voxel is foreground by the coarse answer alone."""
 KEPT_SCORE = 0.4
 """Cells are kept from this importance on."""
 
@@ -83,7 +83,7 @@ def predict_steered(model: Model, image: ImageArray) -> Steered:
     if corners:
         with torch.inference_mode():
             total = sum_windows(forward_of(model), padded, plan.window_vox, corners)
-            logits = _joined(logits, total, fine_share(corners, size, plan.window_vox))
+            _join(logits, total, fine_share(corners, size, plan.window_vox), _hull(corners, plan.window_vox))
     inner = tuple(slice(first, first + length) for first, length in zip(start, image.shape[1:], strict=True))
     return Steered(logits[(slice(None), *inner)], len(corners), len(full))
 
@@ -241,11 +241,20 @@ def _ramp(first: int, size: int, window: int) -> Float[Tensor, " w"]:
     return share
 
 
-def _joined(
-    coarse: Float[Tensor, "L X Y Z"], fine: WindowSum, share: Float[Tensor, "X Y Z"]
-) -> Float[Tensor, "L X Y Z"]:
-    logits = fine.weighted.div_(fine.weight.clamp(min=torch.finfo(torch.float32).tiny))
-    return torch.where(share == 1, logits, torch.lerp(coarse, logits, share))
+def _join(
+    coarse: Float[Tensor, "L X Y Z"], fine: WindowSum, share: Float[Tensor, "X Y Z"], box: tuple[slice, ...]
+) -> None:
+    """Put the answer at full spacing into the coarse one, within a box that holds all windows."""
+    own, share = coarse[(slice(None), *box)], share[box]
+    logits = fine.weighted[(slice(None), *box)] / fine.weight[box].clamp(min=torch.finfo(torch.float32).tiny)
+    # A share of exactly 1 must give the very value.
+    own.copy_(torch.where(share == 1, logits, torch.lerp(own, logits, share)))
+
+
+def _hull(corners: Sequence[Corner], window: Vox3) -> tuple[slice, ...]:
+    """The box around all windows."""
+    ends = zip(zip(*corners, strict=True), window, strict=True)
+    return tuple(slice(min(firsts), max(firsts) + length) for firsts, length in ends)
 
 
 def _spread(logits: Float[Tensor, "L Xc Yc Zc"], factor: Vox3, size: Vox3) -> Float[Tensor, "L X Y Z"]:
