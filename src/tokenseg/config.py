@@ -88,8 +88,9 @@ class Plan(Settings):
     whole_limit_vox: Vox3
     """A scan that fits in this at `spacing_mm` runs in one pass; a larger one by sliding windows."""
     coarse_factor: Vox3 | None = None
-    """Voxels averaged along each axis for a coarse view of a whole scan, which then decides where windows run. Never
-    planned: given in a --config file, every fourth training step takes coarse views. None runs all windows."""
+    """Experimental. Voxels averaged along each axis for a coarse view of a whole scan, which then decides where windows
+    run; small lesions may be overlooked. Never planned: given in a --config file, every fourth training step takes
+    coarse views. None runs all windows."""
     strides: tuple[Stride3, Stride3, Stride3, Stride3]
     """Down-sampling factors of the four levels; an axis that is coarse already is not pooled."""
     grid: Vox3
