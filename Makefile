@@ -20,14 +20,15 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about ten minutes
 	$(BIN)/tokenseg demo runs/demo
 
-# OpenVINO's threads and everybody's do not share a process for long: one run of all ended in a segmentation fault.
+# One run of all tests in one process ended in a segmentation fault in the second of these; why is not known yet.
 APART := tests/test_engine.py tests/test_pack_builtin.py
 
 # Several steps, since the data of all processes must be joined before the floor of 90 % (pyproject.toml) is checked.
 test: $(READY)  ## Run the tests with branch coverage and its floor
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(filter-out $(APART),$(wildcard tests/test_*.py))
-	$(BIN)/python -m coverage run -m pytest $(APART)
+	$(BIN)/python -m coverage run -m pytest tests/test_engine.py
+	$(BIN)/python -m coverage run -m pytest tests/test_pack_builtin.py
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
