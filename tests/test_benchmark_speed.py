@@ -15,9 +15,9 @@ from tokenseg.benchmark.latency import interleave, ratio, summarise
 from tokenseg.benchmark.memory import Ended, available_mib, peak_mib, run_limited
 from tokenseg.benchmark.networks import NETWORKS, TOKENSEG, build_network
 from tokenseg.benchmark.passes import Setting, count, forward_pass, training_step
-from tokenseg.benchmark.rows import Row
+from tokenseg.benchmark.rows import Row, append, read_rows
 from tokenseg.benchmark.speed_options import DEFAULT_NETWORKS, SpeedOptions
-from tokenseg.benchmark.speed_rows import COLUMNS, append_rows, like, newest, read_rows
+from tokenseg.benchmark.speed_rows import COLUMNS, like, newest
 from tokenseg.benchmark.speed_table import table_text
 from tokenseg.benchmark.worker import Job, Result, do, fault_text, from_json, to_json
 from tokenseg.cli import main
@@ -282,26 +282,33 @@ def test_stages_of_a_scan():
 
 def test_rows_are_added_and_earlier_ones_stay(tmp_path):
     path = tmp_path / "speed.csv"
-    append_rows(path, [row(network="one", note='with "quotes", and a comma')])
+    append(path, COLUMNS, [row(network="one", note='with "quotes", and a comma')])
     before = path.read_bytes()
-    append_rows(path, [row(network="two"), row(network="three")])
+    append(path, COLUMNS, [row(network="two"), row(network="three")])
     assert path.read_bytes().startswith(before)
-    assert [each["network"] for each in read_rows(path)] == ["one", "two", "three"]
-    assert read_rows(path)[0] == row(network="one", note='with "quotes", and a comma')
+    assert [each["network"] for each in read_rows(path, COLUMNS)] == ["one", "two", "three"]
+    assert read_rows(path, COLUMNS)[0] == row(network="one", note='with "quotes", and a comma')
 
 
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path):
     path = tmp_path / "speed.csv"
     path.write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigError, match=r"speed.csv has other columns than `benchmark speed` writes; name another"):
-        append_rows(path, [row()])
+    with pytest.raises(ConfigError, match=r"speed.csv has other columns than this benchmark writes; name another"):
+        append(path, COLUMNS, [row()])
     assert path.read_text() == "a,b\n1,2\n"
     path.write_text(",".join(COLUMNS) + "\n1,2\n")
     with pytest.raises(ConfigError, match="has other columns"):
-        read_rows(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(FileError, match=r"speed.csv cannot be read as text: .*; name another file"):
-        read_rows(path)
+        read_rows(path, COLUMNS)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(FileError, match=r"speed.csv is not text; name another file"):
+        read_rows(path, COLUMNS)
+    path.write_text("a line of theirs without an end")
+    with pytest.raises(ConfigError, match="has other columns"):
+        append(path, COLUMNS, [row()])
+    assert path.read_text() == "a line of theirs without an end"
+    path.write_text(",".join(COLUMNS)[:9])
+    append(path, COLUMNS, [row()])
+    assert read_rows(path, COLUMNS) == [row()]
 
 
 def test_rows_of_the_same_conditions_and_the_newest_of_them():
@@ -311,7 +318,7 @@ def test_rows_of_the_same_conditions_and_the_newest_of_them():
 
 
 def test_the_committed_rows_can_be_read():
-    rows = read_rows(Path(__file__).parents[1] / "benchmarks" / "speed.csv")
+    rows = read_rows(Path(__file__).parents[1] / "benchmarks" / "speed.csv", COLUMNS)
     assert {"tokenseg-small", "monai-unet", "nnunet-plainconv"} <= {each["network"] for each in rows}
     assert all(each["median_ms"] or each["note"] for each in rows)
 
@@ -395,8 +402,6 @@ def test_the_picture_shows_each_network_once_in_each_condition(tmp_path, monkeyp
     assert drawn == [("unet", 100, 0.8)]
     with pytest.raises(ConfigError, match="no network has both a time and a value"):
         write_frontier(tmp_path / "none.png", rows, {"other": 0.8})
-    with pytest.raises(ConfigError, match=r"the name must end in \.png"):
-        write_frontier(tmp_path / "speed.svg", rows)
 
 
 # ---- the command
@@ -532,10 +537,10 @@ def test_the_real_command(tmp_path, capsys):
     assert [line.split()[0] for line in lines[1:]] == ["network", "tokenseg-small", "monai-unet"]
     assert "measuring 2/2 monai-unet 32 fp32 " in printed.err
     assert f"plot: {plot}" in printed.err
-    ours, unet = read_rows(path)
+    ours, unet = read_rows(path, COLUMNS)
     # 19.22 million parameters are those of this configuration, counted by hand in its own tests.
     assert unet["parameters_m"] == "19.22"
-    assert float(unet["ratio"]) == pytest.approx(float(unet["median_ms"]) / float(ours["median_ms"]), rel=2)
+    assert (ours["ratio"], float(unet["ratio"]) > 0) == ("", True)
     if sys.platform == "linux":
         assert 0 < float(unet["peak_mib"]) < 1000
     assert plot.read_bytes()[:4] == b"\x89PNG"
@@ -544,7 +549,7 @@ def test_the_real_command(tmp_path, capsys):
 def test_a_foreign_file_is_found_before_the_work(tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("a,b\n")
     assert main(["benchmark", "speed", "--csv", str(tmp_path / "rows.csv")]) == 2
-    assert "has other columns than `benchmark speed` writes" in capsys.readouterr().err
+    assert "has other columns than this benchmark writes" in capsys.readouterr().err
     assert main(["benchmark", "speed", "--plot", str(tmp_path / "plot.svg")]) == 2
     assert "plot.svg: the name must end in .png" in capsys.readouterr().err
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,18 +29,6 @@ class Point(NamedTuple):
     """Median time of a forward pass."""
     value: float
     """Dice, or parameters in millions."""
-
-
-def check_can_plot(path: Path) -> None:
-    """Refuse a picture that could not be made, before the work and not after.
-
-    Raises:
-        ConfigError: The name does not end in .png, or matplotlib is not installed.
-    """
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--plot {path}: the name must end in .png; name it so")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs the extra 'plot': pip install 'tokenseg[plot]'")
 
 
 def read_dice(path: Path) -> dict[str, float]:
@@ -98,10 +85,9 @@ def write_frontier(path: Path, rows: Sequence[Row], dice: dict[str, float] | Non
         dice: Of each network; None draws parameters instead.
 
     Raises:
-        ConfigError: There is nothing to draw, the name does not end in .png, or matplotlib is not installed.
+        ConfigError: There is nothing to draw.
         FileError: The file cannot be written.
     """
-    check_can_plot(path)
     panels: dict[tuple[str, ...], list[Point]] = {}
     for row in newest([row for row in rows if row["stage"] == FORWARD and row["median_ms"]]):
         value = float(row["parameters_m"]) if dice is None else dice.get(row["network"])

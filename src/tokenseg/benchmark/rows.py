@@ -1,4 +1,4 @@
-"""The rows of `tokenseg benchmark accuracy`: one a training, and one a case and label of it beside them.
+"""Files of rows, and the rows of `tokenseg benchmark accuracy`: one a training, and one a case and label of it.
 
 Several processes may write to the same files; each row is there once, however often a benchmark is resumed.
 """
@@ -126,9 +126,16 @@ def _read(file: BinaryIO, path: Path, columns: Sequence[str]) -> list[Row]:
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not text; name another file") from error
     reader = csv.DictReader(io.StringIO(text))
-    if text and tuple(reader.fieldnames or ()) != tuple(columns):
+    rows = list(reader)
+    whole = all(None not in row and None not in row.values() for row in rows)
+    if text:
+        ours = whole and tuple(reader.fieldnames or ()) == tuple(columns)
+    else:
+        # Nothing at all, or a header that a kill cut short; any other line without an end is somebody else's.
+        ours = ",".join(columns).encode().startswith(content)
+    if not ours:
         raise ConfigError(f"{path} has other columns than this benchmark writes; name another file")
-    return list(reader)
+    return rows
 
 
 def _append(file: BinaryIO, columns: Sequence[str], rows: Sequence[Row]) -> None:

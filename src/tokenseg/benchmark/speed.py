@@ -22,9 +22,9 @@ from tokenseg.benchmark.manifest import manifest
 from tokenseg.benchmark.memory import available_mib, run_limited
 from tokenseg.benchmark.networks import check_names
 from tokenseg.benchmark.passes import Setting
-from tokenseg.benchmark.rows import Row
+from tokenseg.benchmark.rows import Row, append, read_rows
 from tokenseg.benchmark.speed_options import PrecisionName, SpeedOptions
-from tokenseg.benchmark.speed_rows import COLUMNS, FORWARD, append_rows, read_rows
+from tokenseg.benchmark.speed_rows import COLUMNS, FORWARD
 from tokenseg.benchmark.worker import Job, Result, to_json
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.progress import Progress, Silent
@@ -62,7 +62,7 @@ def measure_speed(options: SpeedOptions, progress: Progress | None = None) -> li
     options.check()
     check_names(options.networks)
     if options.csv is not None:
-        read_rows(options.csv)
+        read_rows(options.csv, COLUMNS)
     device, progress = choose_device(options.device), progress or Silent()
     conditions = manifest(device)
     settings = [
@@ -74,7 +74,7 @@ def measure_speed(options: SpeedOptions, progress: Progress | None = None) -> li
     for new in _measured(options, settings):
         found = [dict.fromkeys(COLUMNS, "") | row | conditions for row in new]
         if options.csv is not None:
-            append_rows(options.csv, found)
+            append(options.csv, COLUMNS, found)
         rows.extend(found)
         progress.advance(_note(found[-1]))
     return rows

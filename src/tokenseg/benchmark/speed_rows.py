@@ -1,15 +1,10 @@
-"""The rows of `tokenseg benchmark speed`, and their file."""
+"""The rows of `tokenseg benchmark speed`."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from tokenseg.benchmark.rows import Row
-from tokenseg.errors import ConfigError, FileError
-from tokenseg.files import write_atomically
 
 FORWARD = "forward"
 """Stage of a row that is about one network on one cube; the others are stages from file to file."""
@@ -22,41 +17,6 @@ COLUMNS = (
 )
 CONDITIONS = ("stage", "device", "engine", "precision", "size", "threads", "cpu", "gpu")
 """Columns in which rows agree that may be compared."""
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a file, oldest first; none where there is no file.
-
-    Raises:
-        ConfigError: The file has other columns.
-        FileError: The file cannot be read.
-    """
-    if not path.exists():
-        return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} cannot be read as text: {error}; name another file") from error
-    reader = csv.DictReader(io.StringIO(text))
-    rows = list(reader)
-    whole = all(None not in row and None not in row.values() for row in rows)
-    if text and (tuple(reader.fieldnames or ()) != COLUMNS or not whole):
-        raise ConfigError(f"{path} has other columns than `benchmark speed` writes; name another file")
-    return rows
-
-
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows at the end of a file; it is written whole, so that it is never half of one.
-
-    Raises:
-        ConfigError: The file has other columns.
-        FileError: The file cannot be read or written.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*read_rows(path), *rows])
-    write_atomically(path, text.getvalue().encode())
 
 
 def like(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:

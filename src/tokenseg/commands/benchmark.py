@@ -25,15 +25,16 @@ class Speed:
         options = self.options
         options.check()
         needs_extra("train", "monai", "lightning_fabric")
+        if options.plot is not None:
+            needs_extra("plot", "matplotlib")
         check_outputs(csv=options.csv, plot=options.plot)
         quieten_training_libraries()
-        from tokenseg.benchmark.frontier import check_can_plot, read_dice, write_frontier
+        from tokenseg.benchmark.frontier import read_dice, write_frontier
+        from tokenseg.benchmark.rows import read_rows
         from tokenseg.benchmark.speed import measure_speed
-        from tokenseg.benchmark.speed_rows import like, read_rows
+        from tokenseg.benchmark.speed_rows import COLUMNS, like
         from tokenseg.benchmark.speed_table import table_text
 
-        if options.plot is not None:
-            check_can_plot(options.plot)
         dice = None if options.accuracy is None else read_dice(options.accuracy)
         with Terminal() as terminal:
             rows = measure_speed(options, terminal)
@@ -41,7 +42,9 @@ class Speed:
         if options.csv is not None:
             say(f"rows: {options.csv}")
         if options.plot is not None:
-            write_frontier(options.plot, rows if options.csv is None else like(rows, read_rows(options.csv)), dice)
+            write_frontier(
+                options.plot, rows if options.csv is None else like(rows, read_rows(options.csv, COLUMNS)), dice
+            )
             say(f"plot: {options.plot}")
         return 0
 
