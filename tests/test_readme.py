@@ -52,6 +52,9 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.fill(README) == README
     cohort = (ROOT / "docs" / "synthetic-cohort.md").read_text(encoding="utf-8")
     assert tables.fill(cohort) == cohort
+    measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert tables.fill(measurements) == measurements
+    assert tables.earlier_table() in measurements
     assert tables.threshold_table() in cohort
     assert tables.speed_table() in README
     assert tables.accuracy_table() in README
