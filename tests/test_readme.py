@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from phantoms import write_msd
+from tokenseg.benchmark.frontier import read_dice
 from tokenseg.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,14 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.speed_table() in README
     assert tables.accuracy_table() in README
     assert tables.demo_table() in README
+
+
+def test_the_gaps_named_follow_the_rows() -> None:
+    # The same reading as for a plot of accuracy against time, which takes one dataset, fold and budget.
+    dice = read_dice(ROOT / "benchmarks" / "accuracy.csv")
+    ours = dice["tokenseg-small"]
+    ahead, behind = 100 * (ours - dice["monai-unet"]), 100 * (dice["nnunet-plainconv"] - ours)
+    assert f"{ahead:.1f} points ahead of MONAI `UNet` and {behind:.1f} behind nnU-Net's `PlainConvUNet`" in README
 
 
 def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
