@@ -123,6 +123,20 @@ def test_blocks_are_convolution_norm_and_leaky_relu() -> None:
     torch.testing.assert_close(block(images), torch.where(total > 0, total, 0.01 * total), atol=1e-5, rtol=1e-4)
 
 
+def test_a_skipped_block_is_its_identity_and_what_is_left_makes_up_for_it() -> None:
+    torch.manual_seed(0)
+    always, often = ResidualBlock(3), ResidualBlock(3, skipped=0.25)
+    often.load_state_dict(always.state_dict())
+    images = torch.rand(400, 3, 2, 2, 2)  # not negative: the last activation leaves the identity as it is
+    result = often(images)
+    skipped = (result == images).flatten(1).all(dim=1)
+    assert 0.15 < skipped.float().mean() < 0.35
+    change = always.norm(always.conv(always.first(images))) / 0.75
+    expected = torch.nn.functional.leaky_relu(images + change, 0.01)
+    torch.testing.assert_close(result[~skipped], expected[~skipped])
+    torch.testing.assert_close(often.eval()(images), always(images))
+
+
 @settings(deadline=None)
 @given(stride=STRIDES, count=COUNTS, width=st.integers(1, 3))
 def test_depth_to_space_undoes_space_to_depth(stride: Triple, count: Triple, width: int) -> None:

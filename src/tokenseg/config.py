@@ -153,6 +153,8 @@ class NetworkConfig(Settings):
     """Feature channels of the four levels (1/2, 1/4, 1/8, 1/16)."""
     blocks: PerLevel = (1, 2, 2, 2)
     """Residual blocks of each level of the encoder."""
+    stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Probability with which a residual block is skipped for a volume in training."""
     tokens: bool = True
     """False leaves the token path out: the plain encoder-decoder, for ablation."""
     token_width: Annotated[int, Field(ge=8, multiple_of=4)] = 128
@@ -177,7 +179,7 @@ PRESETS: dict[PresetName, NetworkConfig] = {
         widths=(8, 12, 16, 24), blocks=(1, 1, 1, 1), token_width=32, codebook_size=64, mixer_layers=1
     ),
     "small": NetworkConfig(widths=(32, 64, 128, 160)),
-    "base": NetworkConfig(widths=(64, 128, 256, 352), token_width=256, codebook_size=4096, mixer_layers=4),
+    "base": NetworkConfig(widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4),
 }
 
 

@@ -176,10 +176,7 @@ def train_network(pipeline: Pipeline, training: Training, run: Path, progress: P
         seed=training.seed,
         resume=True,
     )
-    # Dropout draws from the global generator.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        result = train(pipeline.dataset.root, run, options, _Muffled(progress), make)
+    result = train(pipeline.dataset.root, run, options, _Muffled(progress), make)
     seconds = sum(float(row["seconds"]) for row in read_journal(run / LOG_NAME))
     return Trained(result, num_parameters[0], seconds)
 

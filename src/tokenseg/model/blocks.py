@@ -37,10 +37,17 @@ class ConvBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3x3 convolutions with instance norm around an identity."""
+    """Two 3x3x3 convolutions with instance norm around an identity.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: W, kept.
+        skipped: Probability with which the convolutions are skipped for a volume in training (stochastic depth, Huang
+            2016); what is left is scaled up, so that its mean stays.
+    """
+
+    def __init__(self, channels: int, skipped: float = 0.0) -> None:
         super().__init__()
+        self.skipped = skipped
         self.first = ConvBlock(channels, channels)
         self.conv = nn.Conv3d(channels, channels, 3, padding=1, bias=False)
         self.norm = InstanceNorm(channels)
@@ -48,6 +55,9 @@ class ResidualBlock(nn.Module):
     def forward(self, features: Features) -> Features:
         """Keep the shape (B, W, X, Y, Z)."""
         change = self.norm(self.conv(self.first(features)))
+        if self.training and self.skipped:
+            taken = torch.rand(change.shape[0], 1, 1, 1, 1, device=change.device) >= self.skipped
+            change = change * (taken.to(change.dtype) / (1 - self.skipped))
         return nn.functional.leaky_relu(change + features, 0.01, inplace=True)
 
 

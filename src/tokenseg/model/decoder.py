@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ class Reprojection(nn.Module):
 
 
 class SparseToDenseDecoder(nn.Module):
-    """From 1/16 to 1/2: sub-pixel upsampling, skip and one convolution a level; then logits of each block's voxels."""
+    """From 1/16 to 1/2: sub-pixel upsampling, added skip, a convolution a level; then logits of each block's voxels."""
 
     def __init__(self, widths: tuple[int, ...], strides: tuple[Stride, ...], num_outputs: int) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class SparseToDenseDecoder(nn.Module):
             nn.Linear(widths[level + 1], widths[level] * _product(strides[level + 1]), bias=False)
             for level in range(len(widths) - 1)
         )
-        self.fuse = nn.ModuleList(ConvBlock(2 * width, width) for width in widths[:-1])
+        self.fuse = nn.ModuleList(ConvBlock(width, width) for width in widths[:-1])
         self.head = nn.Linear(widths[0], num_outputs * _product(strides[0]))
         self.deep_heads = nn.ModuleList(nn.Linear(width, num_outputs) for width in widths[1:3])
 
@@ -77,7 +76,7 @@ class SparseToDenseDecoder(nn.Module):
             raised = upsampled(features, self.upsample[level], self.strides[level + 1])
             skip = pyramid[level]
             x, y, z = skip.shape[2:]
-            features = self.fuse[level](torch.cat([raised[:, :, :x, :y, :z], skip], dim=1))
+            features = self.fuse[level](raised[:, :, :x, :y, :z] + skip)
             if self.training and level in (1, 2):
                 deep.append(pointwise(features, self.deep_heads[level - 1]).permute(0, 4, 1, 2, 3))
         return Decoded(features, pointwise(features, self.head), tuple(reversed(deep)))

@@ -24,16 +24,24 @@ class HierarchicalEncoder(nn.Module):
         widths: W of each level.
         blocks: Residual depth of each level; the first block of a level changes width and stride.
         strides: Down-sampling of each level against the one before it.
+        skipped: Probability with which a residual block is skipped in training.
     """
 
     def __init__(
-        self, image_channels: int, widths: tuple[int, ...], blocks: tuple[int, ...], strides: tuple[Stride, ...]
+        self,
+        image_channels: int,
+        widths: tuple[int, ...],
+        blocks: tuple[int, ...],
+        strides: tuple[Stride, ...],
+        *,
+        skipped: float = 0.0,
     ) -> None:
         super().__init__()
         sx, sy, sz = strides[0]
-        stages = [_stage(image_channels * sx * sy * sz, widths[0], blocks[0], (1, 1, 1))]
+        stages = [_stage(image_channels * sx * sy * sz, widths[0], blocks[0], (1, 1, 1), skipped)]
         stages += [
-            _stage(widths[level - 1], widths[level], blocks[level], strides[level]) for level in range(1, len(widths))
+            _stage(widths[level - 1], widths[level], blocks[level], strides[level], skipped)
+            for level in range(1, len(widths))
         ]
         self.stages = nn.ModuleList(stages)
 
@@ -67,6 +75,6 @@ class CandidateTokens(nn.Module):
         return tokens
 
 
-def _stage(channels_in: int, channels_out: int, depth: int, stride: Stride) -> nn.Sequential:
-    residual = [ResidualBlock(channels_out) for _ in range(depth - 1)]
+def _stage(channels_in: int, channels_out: int, depth: int, stride: Stride, skipped: float) -> nn.Sequential:
+    residual = [ResidualBlock(channels_out, skipped) for _ in range(depth - 1)]
     return nn.Sequential(ConvBlock(channels_in, channels_out, stride), *residual)

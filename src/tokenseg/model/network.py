@@ -66,7 +66,9 @@ class TokenSeg(nn.Module):
         super().__init__()
         self.num_kept, self.grid = config.num_kept, plan.grid
         self.stem_stride, self.total_strides = plan.strides[0], plan.total_strides
-        self.encoder = HierarchicalEncoder(len(plan.channels), config.widths, config.blocks, plan.strides)
+        self.encoder = HierarchicalEncoder(
+            len(plan.channels), config.widths, config.blocks, plan.strides, skipped=config.stochastic_depth
+        )
         self.tokenizer = Tokenizer(config, plan) if config.tokens else None
         self.decoder = SparseToDenseDecoder(config.widths, plan.strides, plan.num_outputs)
         self.refiner = (

@@ -2,7 +2,7 @@
 
 Beyond the paper, in its spirit: most voxels are homogeneous, so full resolution is computed only where the answer is
 open. A block is what one voxel at 1/2 covers, 2 x 2 x 2 voxels. The blocks whose best label is least certain are
-gathered: raw intensities of their neighbourhood (6 x 6 x 6 voxels), features, logits. A small perceptron gives a change
+gathered: raw intensities of the block and of the six at its faces, features, logits. A small perceptron gives a change
 of the logits, and the blocks are put back. Cost follows the number of blocks; nothing is sorted at full resolution.
 (PointRend, Kirillov 2020, does so in 2D for single points and interpolated features.)
 """
@@ -45,7 +45,7 @@ class SparseRefiner(nn.Module):
         self.one_in, self.regions = max(1, round(1 / fraction)), regions
         self.register_buffer("averaging", torch.eye(num_outputs).repeat(1, block_vox) / block_vox, persistent=False)
         hidden = 4 * width
-        self.near = nn.Linear(27 * block_vox * image_channels, hidden)
+        self.near = nn.Linear(7 * block_vox * image_channels, hidden)
         self.here = nn.Linear(width + block_vox * num_outputs, hidden, bias=False)
         self.middle = nn.Linear(hidden, hidden)
         self.change = nn.Linear(hidden, block_vox * num_outputs)
@@ -98,19 +98,17 @@ def _rows(blocks: Float[Tensor, "B W Xl Yl Zl"]) -> Float[Tensor, "_ W"]:
     return blocks.permute(0, 2, 3, 4, 1).flatten(0, 3)
 
 
-def _neighbours(places: Int[Tensor, " m"], size: tuple[int, int, int]) -> Int[Tensor, "m 27"]:
-    """Places of the 3 x 3 x 3 blocks around each; beyond the edge, the block at the edge."""
+def _neighbours(places: Int[Tensor, " m"], size: tuple[int, int, int]) -> Int[Tensor, "m 7"]:
+    """Places of each block and of the six at its faces; beyond the edge, the block itself."""
     x, y, z = size
     # Quotient and remainder without `%`, which exporters do not know for sizes that are found at run time.
     lines, column = _divided(places, z)
     planes, line = _divided(lines, y)
-    volumes, plane = _divided(planes, x)
-    steps = torch.arange(-1, 2, device=places.device)
-    near_x, near_y, near_z = (
-        (along[:, None] + steps).clamp(0, size[axis] - 1) for axis, along in enumerate((plane, line, column))
-    )
-    near_lines = ((volumes[:, None] * x + near_x) * y)[:, :, None] + near_y[:, None, :]
-    return ((near_lines * z)[:, :, :, None] + near_z[:, None, None, :]).flatten(1)
+    _, plane = _divided(planes, x)
+    near = [places]
+    for at, length, step in ((plane, x, y * z), (line, y, z), (column, z, 1)):
+        near += [places - step * (at > 0).to(places.dtype), places + step * (at < length - 1).to(places.dtype)]
+    return torch.stack(near, dim=1)
 
 
 def _divided(places: Int[Tensor, " m"], size: int) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:

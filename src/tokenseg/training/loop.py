@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +72,8 @@ def fit(run: Fit, network: nn.Module, total_steps: int) -> None:
             started = time.monotonic()
             rate = _set_rates(optimizer, run.config, step, total_steps)
             try:
-                parts = train_step(run, module, wrapped, batch)
+                with _draws_of(run, step):
+                    parts = train_step(run, module, wrapped, batch)
             except TrainingError:
                 keeper.save(saved, weights=True)
                 raise
@@ -231,6 +232,15 @@ def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
         multiprocessing_context="fork" if workers else None,
     )
     return enumerate(loader, start=first)
+
+
+@contextmanager
+def _draws_of(run: Fit, step: int) -> Iterator[None]:
+    """Make what a network draws at random (skipped blocks, dropout) follow from seed, process and step."""
+    device = run.fabric.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence([*run.batches.seed, step]).generate_state(1)[0]))
+        yield
 
 
 def _set_rates(optimizer: Optimizer, config: TrainConfig, step: int, total_steps: int) -> float:
