@@ -134,7 +134,10 @@ def load_model(path: Path | str, device: torch.device | str = "cpu", make_networ
     facts = _read_facts(folder / FACTS_NAME)
     tensors = _read_weights(folder / WEIGHTS_NAME, facts.weights_sha256)
     if _expected_shapes(facts, make_network) != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ModelError(f"{folder}: the weights do not fit the network in {FACTS_NAME}; copy the folder again")
+        raise ModelError(
+            f"{folder}: the weights do not fit the network in {FACTS_NAME}; copy the folder again, or train "
+            "again if an older TokenSeg made it"
+        )
     with torch.random.fork_rng(devices=[]):
         network = make_network(facts.network, facts.plan)
     network.load_state_dict(tensors)
