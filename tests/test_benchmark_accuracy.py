@@ -265,7 +265,7 @@ def test_the_command_times_the_networks_and_prints_the_table(
     ]
     assert rows[0]["dice"] != rows[1]["dice"]
     mean = (float(rows[0]["dice"]) + float(rows[1]["dice"])) / 2
-    shown = re.search(r"\| 2 \| (\d\.\d+) ", printed)
+    shown = re.search(r"\| 2 \| (\d\.\d+) \(", printed)
     assert shown is not None
     assert float(shown[1]) == pytest.approx(mean, abs=2e-4)
     assert "0.003 minutes, 1 thread" in printed
