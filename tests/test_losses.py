@@ -12,7 +12,15 @@ from torch import Tensor
 
 from plans import make_plan
 from tokenseg.config import PRESETS, TrainConfig
-from tokenseg.losses import cell_foreground, coarse_targets, one_hot, score_loss, segmentation_loss, training_loss
+from tokenseg.losses import (
+    cell_foreground,
+    coarse_targets,
+    one_hot,
+    recall_loss,
+    score_loss,
+    segmentation_loss,
+    training_loss,
+)
 from tokenseg.model.importance import Importance
 from tokenseg.model.network import TokenRecord, TokenSeg, TokenSegOutput
 
@@ -131,6 +139,42 @@ def test_coarse_targets_stay_in_place_where_the_window_is_no_multiple_of_the_str
     coarse = coarse_targets(targets, torch.zeros(1, 1, 2, 1, 2), (4, 4, 2))
     # Of the second voxel along x half lies in the window, full; of the second along z nothing does.
     torch.testing.assert_close(coarse[0, 0, :, 0], torch.tensor([[0.0, 0.0], [0.5, 0.0]]))
+
+
+def test_foreground_and_background_weigh_the_same_in_a_coarse_view() -> None:
+    """One foreground voxel of 64 at 1/4, the others at 1/8: half of each one's own mean."""
+    foreground = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    foreground[0, 1, 2, 3] = True
+    probability = torch.where(foreground, 0.25, 0.125)
+    logit = probability.logit()
+    expected = -0.5 * (math.log(0.25) + math.log(0.875))
+    exclusive = torch.stack([torch.zeros_like(logit), logit], dim=1)
+    assert recall_loss(exclusive, foreground, regions=False).item() == pytest.approx(expected, rel=1e-5)
+    # Which of the labels it is does not matter: two of half the odds are the same.
+    shared = torch.stack([torch.zeros_like(logit), logit - LN2, logit - LN2], dim=1)
+    assert recall_loss(shared, foreground, regions=False).item() == pytest.approx(expected, rel=1e-5)
+    # Of regions the likeliest counts.
+    likeliest = torch.stack([logit, logit - 3], dim=1)
+    assert recall_loss(likeliest, foreground, regions=True).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_coarse_view_without_foreground_counts_its_background() -> None:
+    nothing = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    undecided = torch.zeros(1, 2, 4, 4, 4)
+    assert recall_loss(undecided, nothing, regions=False).item() == pytest.approx(0.5 * LN2)
+    assert recall_loss(undecided, ~nothing, regions=False).item() == pytest.approx(0.5 * LN2)
+
+
+def test_coarse_views_are_asked_where_to_look() -> None:
+    torch.manual_seed(0)
+    output = TokenSeg(PRESETS["tiny"], make_plan(1, 2)).train()(torch.randn(1, 1, 32, 32, 32))
+    labels = torch.randint(0, 3, (1, 1, 32, 32, 32))
+    config = TrainConfig()
+    parts = training_loss(output, labels, plan=make_plan(), config=config, coarse_view=True)
+    torch.testing.assert_close(parts.segmentation, recall_loss(output.logits, labels[:, 0] > 0, regions=False))
+    assert parts.deep == 0
+    rest = config.commitment_weight * parts.commitment + config.score_weight * parts.score
+    torch.testing.assert_close(parts.total, parts.segmentation + rest)
 
 
 def test_total_is_the_weighted_sum() -> None:

@@ -35,7 +35,12 @@ class LossParts(NamedTuple):
 
 
 def training_loss(
-    output: TokenSegOutput, labels: Integer[Tensor, "B R X Y Z"], *, plan: Plan, config: TrainConfig
+    output: TokenSegOutput,
+    labels: Integer[Tensor, "B R X Y Z"],
+    *,
+    plan: Plan,
+    config: TrainConfig,
+    coarse_view: bool = False,
 ) -> LossParts:
     """Join all objectives.
 
@@ -44,15 +49,20 @@ def training_loss(
         labels: R = 1 with label indices 0..n, or one 0/1 map a region.
         plan: Says whether outputs may overlap (sigmoid) or exclude each other (softmax), and the strides.
         config: Weights of the parts.
+        coarse_view: The windows are coarse views of whole cases, which are asked where to look: `recall_loss` in place
+            of Dice and cross-entropy, and no deep supervision.
     """
     regions = plan.regions
-    targets = one_hot(labels, output.logits.shape[1], regions=regions)
-    segmentation = segmentation_loss(output.logits, targets, regions=regions)
+    if coarse_view:
+        segmentation, deep = recall_loss(output.logits, labels.amax(dim=1) > 0, regions=regions), []
+    else:
+        targets = one_hot(labels, output.logits.shape[1], regions=regions)
+        segmentation = segmentation_loss(output.logits, targets, regions=regions)
+        deep = [
+            segmentation_loss(logits, coarse_targets(targets, logits, stride), regions=regions)
+            for logits, stride in zip(output.deep_logits, plan.total_strides[1:3], strict=False)
+        ]
     zero = segmentation.new_zeros(())
-    deep = [
-        segmentation_loss(logits, coarse_targets(targets, logits, stride), regions=regions)
-        for logits, stride in zip(output.deep_logits, plan.total_strides[1:3], strict=False)
-    ]
     deep_mean = torch.stack(deep).mean() if deep else zero
     commitment = output.tokens.commitment_loss if output.tokens is not None else zero
     score = score_loss(output.tokens, labels.amax(dim=1) > 0) if output.tokens is not None else zero
@@ -101,6 +111,20 @@ def segmentation_loss(logits: Logits, targets: Targets, *, regions: bool) -> Flo
     sizes = (probabilities + targets).sum(dim=axes)[first:]
     dice = (2 * overlap + 1e-5) / (sizes + 1e-5)
     return (1 - dice.mean()) + entropy
+
+
+def recall_loss(logits: Logits, foreground: Bool[Tensor, "B X Y Z"], *, regions: bool) -> Float[Tensor, ""]:
+    """Cross-entropy of foreground against background, in which both weigh the same however few voxels one has.
+
+    Dice and plain cross-entropy teach a coarse view the large lesions only: the voxels of a small one weigh next to
+    nothing. A batch that has only one of the two counts that one, with its half.
+    """
+    logits = logits.float()
+    # The logit that a voxel is anything but background; of regions, that of the likeliest, as steering reads it.
+    logit = logits.amax(dim=1) if regions else logits[:, 1:].logsumexp(dim=1) - logits[:, 0]
+    entropy = nn.functional.binary_cross_entropy_with_logits(logit, foreground.float(), reduction="none")
+    halves = (foreground.float(), (~foreground).float())
+    return 0.5 * torch.stack([(entropy * half).sum() / half.sum().clamp(min=1) for half in halves]).sum()
 
 
 def score_loss(tokens: TokenRecord, foreground: Bool[Tensor, "B X Y Z"]) -> Float[Tensor, ""]:

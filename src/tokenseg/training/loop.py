@@ -133,7 +133,9 @@ def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) 
     batch = run.fabric.to_device(batch)
     # The forward pass moves the codebook, which is in the buffers.
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    parts = training_loss(module(batch.images), batch.labels, plan=run.plan, config=run.config)
+    parts = training_loss(
+        module(batch.images), batch.labels, plan=run.plan, config=run.config, coarse_view=batch.coarse
+    )
     optimizer.zero_grad()
     if bool(torch.isfinite(parts.total)):
         run.fabric.backward(parts.total)
