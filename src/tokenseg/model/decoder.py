@@ -73,10 +73,12 @@ class SparseToDenseDecoder(nn.Module):
         """Decode; deep-supervision logits only in training."""
         features, deep = pyramid[-1], []
         for level in reversed(range(len(self.fuse))):
-            raised = upsampled(features, self.upsample[level], self.strides[level + 1])
             skip = pyramid[level]
             x, y, z = skip.shape[2:]
-            features = self.fuse[level](raised[:, :, :x, :y, :z] + skip)
+            # In one expression, so that what is raised is let go before the convolution: at 1/2 that is the peak.
+            features = self.fuse[level](
+                upsampled(features, self.upsample[level], self.strides[level + 1])[:, :, :x, :y, :z] + skip
+            )
             if self.training and level in (1, 2):
                 deep.append(pointwise(features, self.deep_heads[level - 1]).permute(0, 4, 1, 2, 3))
         return Decoded(features, pointwise(features, self.head), tuple(reversed(deep)))
