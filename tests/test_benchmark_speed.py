@@ -22,6 +22,7 @@ from tokenseg.benchmark.speed_table import table_text
 from tokenseg.benchmark.worker import Job, Result, do, fault_text, from_json, to_json
 from tokenseg.cli import main
 from tokenseg.errors import ConfigError, FileError
+from tokenseg.model.blocks import Convolution
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
@@ -96,6 +97,7 @@ def test_operations_of_one_convolution_by_hand(monkeypatch):
     counted = count(network, SETTING)
     assert counted.gflop == 2 * 32**3 * 4 * 27 / 1e9
     assert counted.parameters_m == (4 * 27 + 4) / 1e6
+    assert count(Convolution(1, 4), SETTING) == (4 * 27 / 1e6, counted.gflop)
 
 
 @needs_linux

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenseg.model.blocks import (
     ConvBlock,
+    Convolution,
     InstanceNorm,
     ResidualBlock,
     depth_to_space,
@@ -21,6 +22,36 @@ from tokenseg.model.blocks import (
 Triple = tuple[int, int, int]
 STRIDES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 COUNTS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+
+
+@pytest.mark.parametrize("size", [(20, 28, 20), (5, 7, 6), (2, 2, 2)])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 1)])
+def test_a_convolution_gives_the_same_at_inference_and_in_training(size: Triple, stride: Triple) -> None:
+    torch.manual_seed(0)
+    layer = Convolution(32, 16, stride).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    features = torch.randn(1, 32, *size).to(memory_format=torch.channels_last_3d)
+    expected = torch.nn.functional.conv3d(features, layer.weight, stride=stride, padding=1)
+    torch.testing.assert_close(layer(features), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(features), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_single_small_volume_is_left_to_onednn_at_inference() -> None:
+    layer = Convolution(8, 8).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    features = torch.randn(1, 8, 16, 16, 16).to(memory_format=torch.channels_last_3d)
+    with torch.profiler.profile() as profile, torch.inference_mode():
+        layer(features)
+    names = {event.name for event in profile.events()}
+    assert "aten::mkldnn_convolution" in names
+    assert "aten::slow_conv3d_forward" not in names
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_without_onednn_torch_convolves() -> None:
+    layer, features = Convolution(2, 3), torch.randn(1, 2, 6, 6, 6)
+    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
+        result = layer(features)
+    torch.testing.assert_close(result, layer(features).detach())
 
 
 def norm_gradients(norm: InstanceNorm, features: Tensor, slope: Tensor, *, reference: bool) -> list[Tensor]:

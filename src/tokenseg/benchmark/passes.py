@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from tokenseg.benchmark.networks import CHANNELS, OUTPUTS, build_network, make_plan
 from tokenseg.benchmark.speed_options import PrecisionName, SpeedEngine
@@ -99,10 +99,16 @@ def training_step(name: str, setting: Setting) -> Timed:
 def count(network: nn.Module, setting: Setting) -> Counted:
     """Count parameters and operations, the latter by running the network once as it is, without an engine."""
     images = torch.zeros(1, CHANNELS, *_cube(setting.size), device=setting.device)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode(), _autocast(setting):
+    # The counter does not know this form of a convolution, which ours take on a CPU.
+    known = {torch.ops.aten.mkldnn_convolution: _convolution_flop}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter, torch.inference_mode(), _autocast(setting):
         network(images)
     parameters_m = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     return Counted(parameters_m, counter.get_total_flops() / 1e9)
+
+
+def _convolution_flop(images: Sequence[int], kernel: Sequence[int], *_: object, out_shape: Sequence[int]) -> int:
+    return int(conv_flop_count(list(images), list(kernel), list(out_shape)))
 
 
 def load_training_libraries() -> None:
