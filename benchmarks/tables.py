@@ -1,6 +1,6 @@
 """The tables of README and docs, made from the rows beside this file.
 
-Usage: python benchmarks/tables.py [README.md benchmarks/README.md docs/synthetic-cohort.md]
+Usage: python benchmarks/tables.py [README.md benchmarks/README.md docs/synthetic-cohort.md docs/hippocampus.md]
 
 With files it replaces the text between their table markers.
 """
@@ -13,12 +13,16 @@ import sys
 from pathlib import Path
 
 from tokenseg.benchmark.accuracy_table import accuracy_table as printed
+from tokenseg.checkpoint import load_model
+from tokenseg.model_card import figures_lines
 
 HERE = Path(__file__).parent
 SPEED_NAMES = {
     "tokenseg-small": "TokenSeg `small`",
     "monai-unet": "MONAI `UNet` (32..512)",
+    "monai-segresnet": "MONAI `SegResNet`",
     "nnunet-plainconv": "nnU-Net `PlainConvUNet`",
+    "monai-swinunetr": "MONAI `SwinUNETR`",
 }
 DEMO_NAMES = {"tokenseg": "TokenSeg `small`", "monai-unet": "MONAI `UNet`"}
 EARLIER = {
@@ -34,29 +38,40 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def speed_rows() -> dict[tuple[str, str], dict[str, str]]:
-    """Newest row of each network and precision at 128 voxels with torch on two threads of a CPU."""
+def speed_rows(precision: str) -> dict[str, dict[str, str]]:
+    """Newest row of each network at 128 voxels with torch on two threads, all on the CPU that was measured last."""
     conditions = {"stage": "forward", "size": "128", "engine": "torch", "device": "cpu", "threads": "2"}
+    conditions["precision"] = precision
     rows = [row for row in rows_of("speed.csv") if row["median_ms"] and conditions.items() <= row.items()]
-    return {(row["network"], row["precision"]): row for row in rows}
+    return {row["network"]: row for row in rows if row["cpu"] == rows[-1]["cpu"]}
 
 
 def speed_table() -> str:
-    """Time and memory of the networks in `SPEED_NAMES`."""
-    newest = speed_rows()
-    lines = ["| network | parameters | fp32 | bf16 | memory fp32 |", "| --- | --- | --- | --- | --- |"]
+    """Time and memory of the networks in `SPEED_NAMES` in full precision, and how much slower than `small` each is."""
+    newest = speed_rows("fp32")
+    lines = ["| network | parameters | time | times `small` | memory |", "| --- | --- | --- | --- | --- |"]
     for network, name in SPEED_NAMES.items():
-        fp32, bf16 = newest[network, "fp32"], newest[network, "bf16"]
-        lines.append(
-            f"| {name} | {fp32['parameters_m']} M | {_seconds(fp32)} s | {_seconds(bf16)} s | {fp32['peak_mib']} MiB |"
-        )
+        row = newest[network]
+        ratio = f"{float(row['ratio']):.1f}" if row["ratio"] else ""
+        lines.append(f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {ratio} | {row['peak_mib']} MiB |")
+    return "\n".join(lines)
+
+
+def speed_bf16_table() -> str:
+    """Time and memory in half precision, of those networks in `SPEED_NAMES` that were measured in it."""
+    newest = speed_rows("bf16")
+    lines = ["| network | parameters | time | memory |", "| --- | --- | --- | --- |"]
+    for network, name in SPEED_NAMES.items():
+        if network in newest:
+            row = newest[network]
+            lines.append(f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {row['peak_mib']} MiB |")
     return "\n".join(lines)
 
 
 def reduction(column: str, baseline: str) -> str:
     """By how many per cent TokenSeg `small` is below a baseline, in fp32: the form of the paper's claims."""
-    newest = speed_rows()
-    ours, theirs = (float(newest[name, "fp32"][column]) for name in ("tokenseg-small", baseline))
+    newest = speed_rows("fp32")
+    ours, theirs = (float(newest[name][column]) for name in ("tokenseg-small", baseline))
     return f"{100 * (1 - ours / theirs):.0f} %"
 
 
@@ -104,13 +119,22 @@ def threshold_table() -> str:
     return "\n".join(lines)
 
 
+def hippocampus_table() -> str:
+    """Figures of the built-in model, as its card has them."""
+    publication = load_model("hippocampus").facts.publication
+    assert publication is not None
+    return "\n".join(figures_lines(publication.figures))
+
+
 def fill(text: str) -> str:
     """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
     tables = {
         "speed": speed_table,
+        "speed-bf16": speed_bf16_table,
         "accuracy": accuracy_table,
         "earlier": earlier_table,
         "demo": demo_table,
+        "hippocampus": hippocampus_table,
         "threshold": threshold_table,
     }
     for name, table in tables.items():

@@ -64,18 +64,21 @@ PYTHON
 tokenseg --version
 tokenseg segment in.nii.gz out.nii.gz --model model --report report.html
 test -s report.html
+tokenseg segment in.nii.gz builtin.nii.gz --model hippocampus
 
 python - <<'PYTHON'
 import nibabel
 import numpy as np
 
-scan, mask = nibabel.load("in.nii.gz"), nibabel.load("out.nii.gz")
-if mask.shape != scan.shape:
-    raise SystemExit(f"the mask has shape {mask.shape}, the scan {scan.shape}")
-if not np.array_equal(mask.affine, scan.affine):
-    raise SystemExit(f"the mask has the affine {mask.affine.tolist()}, the scan {scan.affine.tolist()}")
-values = set(np.unique(np.asarray(mask.dataobj)).tolist())
-if not values <= {0, 1, 2}:
-    raise SystemExit(f"the mask holds {values}, the model's labels are 1 and 2")
-print(f"wheel check passed: mask of shape {mask.shape} with values {sorted(values)}")
+scan = nibabel.load("in.nii.gz")
+for name in ("out.nii.gz", "builtin.nii.gz"):
+    mask = nibabel.load(name)
+    if mask.shape != scan.shape:
+        raise SystemExit(f"{name} has shape {mask.shape}, the scan {scan.shape}")
+    if not np.array_equal(mask.affine, scan.affine):
+        raise SystemExit(f"{name} has the affine {mask.affine.tolist()}, the scan {scan.affine.tolist()}")
+    values = set(np.unique(np.asarray(mask.dataobj)).tolist())
+    if not values <= {0, 1, 2}:
+        raise SystemExit(f"{name} holds {values}, the model's labels are 1 and 2")
+print(f"wheel check passed: masks of shape {mask.shape} by a new and by the built-in model")
 PYTHON

@@ -82,6 +82,19 @@ def test_an_own_dataset_made_as_described_works(tmp_path: Path, monkeypatch: pyt
     assert Path("mask.nii.gz").is_file()
 
 
+def test_the_built_in_model_works_as_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_nifti(Path("scan.nii.gz"), phantom(0)[0][0])
+    (command,) = commands("hippocampus.md")
+    run(command, {})
+    assert Path("mask.nii.gz").is_file()
+    assert re.search(r"^scan: Anterior .* ml, Posterior .* ml$", capsys.readouterr().out, flags=re.MULTILINE)
+    script = next(block for block in blocks("hippocampus.md", "sh") if block.startswith("scripts/"))
+    assert (ROOT / script.split()[0]).is_file()
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_pages_name_only_commands_and_options_that_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"`tokenseg ([a-z]+)", page.read_text(encoding="utf-8")))

@@ -12,6 +12,7 @@ import pytest
 
 from phantoms import write_msd
 from tokenseg.benchmark.frontier import read_dice
+from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def test_first_command_stands_early() -> None:
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verbs = [command[0] for command in commands()]
-    assert verbs == ["train", "segment", "evaluate", "tokens", "info"]
+    assert verbs == ["train", "segment", "evaluate", "tokens", "info", "segment"]
     write_msd(tmp_path / "DATASET", 5)
     shutil.copytree(tmp_path / "DATASET" / "imagesTr", tmp_path / "SCANS")
     monkeypatch.chdir(tmp_path)
@@ -56,10 +57,20 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert tables.fill(measurements) == measurements
     assert tables.earlier_table() in measurements
+    assert tables.speed_bf16_table() in measurements
+    builtin = (ROOT / "docs" / "hippocampus.md").read_text(encoding="utf-8")
+    assert tables.fill(builtin) == builtin
+    assert tables.hippocampus_table() in builtin
     assert tables.threshold_table() in cohort
     assert tables.speed_table() in README
     assert tables.accuracy_table() in README
     assert tables.demo_table() in README
+
+
+def test_the_built_in_models_figure_is_that_of_its_card() -> None:
+    publication = load_model("hippocampus").facts.publication
+    assert publication is not None
+    assert f"five-fold Dice {publication.figures.mean_dice.mean:.3f}" in README
 
 
 def test_the_gaps_named_follow_the_rows() -> None:

@@ -66,7 +66,6 @@ class Publication(Settings):
 def publication_lines(publication: Publication) -> list[str]:
     """Sections of the card, in Markdown."""
     figures = publication.figures
-    folds = ", ".join(f"{dice:.4f}" for dice in figures.fold_dice)
     steps = " to ".join(f"{count}" for count in sorted({min(figures.fold_steps), max(figures.fold_steps)}))
     return [
         "## Data",
@@ -79,11 +78,7 @@ def publication_lines(publication: Publication) -> list[str]:
         f"was trained on the other folds ({steps} steps). Means over cases with 95 % bootstrap intervals. The weights "
         "here were trained on all cases in the same way, and so have no figures of their own.",
         "",
-        f"| label | cases | Dice | HD95 (mm) | surface Dice at {figures.tolerance_mm:g} mm |",
-        "| --- | --- | --- | --- | --- |",
-        *map(_label_row, figures.labels),
-        "",
-        f"Mean Dice of the labels {_shown(figures.mean_dice, 4)}; of the folds {folds}.",
+        *figures_lines(figures),
         "",
         "## Failure cases",
         "",
@@ -99,6 +94,18 @@ def publication_lines(publication: Publication) -> list[str]:
         "",
         publication.licence,
         "",
+    ]
+
+
+def figures_lines(figures: CrossValidation) -> list[str]:
+    """Figures by label as a table in Markdown, and their mean below it."""
+    folds = ", ".join(f"{dice:.4f}" for dice in figures.fold_dice)
+    return [
+        f"| label | cases | Dice | HD95 (mm) | surface Dice at {figures.tolerance_mm:g} mm |",
+        "| --- | --- | --- | --- | --- |",
+        *map(_label_row, figures.labels),
+        "",
+        f"Mean Dice of the labels {_shown(figures.mean_dice, 4)}; of the folds {folds}.",
     ]
 
 

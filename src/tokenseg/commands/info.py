@@ -14,7 +14,7 @@ class Info:
     """Say what a model takes, gives and was trained on."""
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-    """Run folder or model folder, or the name of a built-in model."""
+    """Run folder or model folder, or a built-in model: hippocampus."""
 
     def execute(self) -> int:
         """Print the card of the model."""

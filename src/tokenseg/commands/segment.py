@@ -29,7 +29,7 @@ class Segment:
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
     """Mask file if INPUT is a file, else a folder."""
     model: Path
-    """Run folder or model folder, or the name of a built-in model."""
+    """Run folder or model folder, or a built-in model: hippocampus."""
     folds: tuple[Path, ...] = ()
     """Further run folders of the same plan; probabilities are averaged."""
     device: DeviceName = "auto"

@@ -19,7 +19,7 @@ class Tokens:
     case: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CASE")]
     """Image file, or folder with the files of one case."""
     model: Path
-    """Run folder or model folder, or the name of a built-in model."""
+    """Run folder or model folder, or a built-in model: hippocampus."""
     reference: Path | None = None
     """Reference mask; without one, nearness is to the boundary of the prediction."""
     json: Path | None = None
