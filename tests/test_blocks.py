@@ -49,8 +49,9 @@ def test_a_single_small_volume_is_left_to_onednn_at_inference() -> None:
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_without_onednn_torch_convolves() -> None:
     layer, features = Convolution(2, 3), torch.randn(1, 2, 6, 6, 6)
-    with torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
+    with torch.profiler.profile() as profile, torch.inference_mode(), torch.backends.mkldnn.flags(enabled=False):
         result = layer(features)
+    assert "aten::mkldnn_convolution" not in {event.name for event in profile.events()}
     torch.testing.assert_close(result, layer(features).detach())
 
 

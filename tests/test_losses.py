@@ -173,6 +173,8 @@ def test_coarse_views_are_asked_where_to_look() -> None:
     parts = training_loss(output, labels, plan=make_plan(), config=config, coarse_view=True)
     torch.testing.assert_close(parts.segmentation, recall_loss(output.logits, labels[:, 0] > 0, regions=False))
     assert parts.deep == 0
+    # Each weight has a gradient, if only zero, as several processes expect.
+    assert parts.deep.requires_grad
     rest = config.commitment_weight * parts.commitment + config.score_weight * parts.score
     torch.testing.assert_close(parts.total, parts.segmentation + rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import shutil
@@ -71,6 +72,12 @@ def test_the_built_in_models_figure_is_that_of_its_card() -> None:
     publication = load_model("hippocampus").facts.publication
     assert publication is not None
     assert f"five-fold Dice {publication.figures.mean_dice.mean:.3f}" in README
+    with (ROOT / "benchmarks" / "hippocampus_folds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["case"] for row in rows}) == publication.figures.cases
+    for label in publication.figures.labels:
+        own = [float(row["dice"]) for row in rows if row["label"] == label.label]
+        assert sum(own) / len(own) == pytest.approx(label.dice.mean, abs=1e-4)
 
 
 def test_the_gaps_named_follow_the_rows() -> None:

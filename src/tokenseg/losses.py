@@ -1,7 +1,8 @@
 """Differentiable objectives.
 
 Paper: Dice + BCE + VQ. Here: soft Dice over the batch plus cross-entropy (binary for regions), the same at 1/4 and 1/8
-(deep supervision), commitment, and the importance score against the cells that the reference surface crosses.
+(deep supervision), commitment, and the importance score against the cells that the reference surface crosses. Coarse
+views have a balanced cross-entropy in place of the first two.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class LossParts(NamedTuple):
     total: Float[Tensor, ""]
     """Weighted sum; the one to differentiate."""
     segmentation: Float[Tensor, ""]
-    """Dice + cross-entropy at full resolution."""
+    """Dice + cross-entropy at full resolution; of coarse views, `recall_loss`."""
     deep: Float[Tensor, ""]
-    """Mean of the same at 1/4 and 1/8."""
+    """Mean of the same at 1/4 and 1/8; 0 of coarse views."""
     commitment: Float[Tensor, ""]
     """Mean squared distance of tokens to their codes."""
     score: Float[Tensor, ""]
@@ -54,7 +55,9 @@ def training_loss(
     """
     regions = plan.regions
     if coarse_view:
-        segmentation, deep = recall_loss(output.logits, labels.amax(dim=1) > 0, regions=regions), []
+        segmentation = recall_loss(output.logits, labels.amax(dim=1) > 0, regions=regions)
+        # Times zero and not left out: several processes wait for a gradient of every weight.
+        deep = [0 * logits.float().sum() for logits in output.deep_logits]
     else:
         targets = one_hot(labels, output.logits.shape[1], regions=regions)
         segmentation = segmentation_loss(output.logits, targets, regions=regions)

@@ -36,7 +36,7 @@ class TrainingBatches(TorchDataset[Batch]):
     """Batch number `step` of a run.
 
     Where the plan has a `coarse_factor`, every fourth batch holds coarse views of whole cases: the network learns to
-    answer both. They are not mixed, since a lesion has few voxels in a coarse view, and Dice sums over the batch.
+    answer both. They are not mixed, since coarse views have another loss.
 
     Args:
         cases: Prepared training cases.
