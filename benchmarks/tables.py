@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from tokenseg.benchmark.accuracy_table import accuracy_table as printed
@@ -46,25 +47,15 @@ def speed_rows(precision: str) -> dict[str, dict[str, str]]:
     return {row["network"]: row for row in rows if row["cpu"] == rows[-1]["cpu"]}
 
 
-def speed_table() -> str:
-    """Time and memory of the networks in `SPEED_NAMES` in full precision, and how much slower than `small` each is."""
-    newest = speed_rows("fp32")
+def speed_table(precision: str) -> str:
+    """Time and memory of those of `SPEED_NAMES` that were measured, and how much slower than `small` each is."""
+    newest = speed_rows(precision)
     lines = ["| network | parameters | time | times `small` | memory |", "| --- | --- | --- | --- | --- |"]
-    for network, name in SPEED_NAMES.items():
-        row = newest[network]
-        ratio = f"{float(row['ratio']):.1f}" if row["ratio"] else ""
-        lines.append(f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {ratio} | {row['peak_mib']} MiB |")
-    return "\n".join(lines)
-
-
-def speed_bf16_table() -> str:
-    """Time and memory in half precision, of those networks in `SPEED_NAMES` that were measured in it."""
-    newest = speed_rows("bf16")
-    lines = ["| network | parameters | time | memory |", "| --- | --- | --- | --- |"]
     for network, name in SPEED_NAMES.items():
         if network in newest:
             row = newest[network]
-            lines.append(f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {row['peak_mib']} MiB |")
+            ratio = f"{float(row['ratio']):.1f}" if row["ratio"] else ""
+            lines.append(f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {ratio} | {row['peak_mib']} MiB |")
     return "\n".join(lines)
 
 
@@ -77,14 +68,9 @@ def reduction(column: str, baseline: str) -> str:
     return f"{100 * (1 - 1 / times):.0f} %"
 
 
-def accuracy_table() -> str:
-    """Networks after the same time on the reported fold on a CPU without AMX, as the command prints it."""
-    return printed(rows_of("accuracy_fp32.csv"), rows_of("accuracy_fp32_cases.csv"))
-
-
-def accuracy_bf16_table() -> str:
-    """The same on a CPU with AMX, in half precision."""
-    return printed(rows_of("accuracy.csv"), rows_of("accuracy_cases.csv"))
+def accuracy_table(name: str) -> str:
+    """Networks after the same time on the reported fold, as `tokenseg benchmark accuracy` prints it."""
+    return printed(rows_of(f"{name}.csv"), rows_of(f"{name}_cases.csv"))
 
 
 def earlier_table() -> str:
@@ -136,10 +122,10 @@ def hippocampus_table() -> str:
 def fill(text: str) -> str:
     """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
     tables = {
-        "speed": speed_table,
-        "speed-bf16": speed_bf16_table,
-        "accuracy": accuracy_table,
-        "accuracy-bf16": accuracy_bf16_table,
+        "speed": partial(speed_table, "fp32"),
+        "speed-bf16": partial(speed_table, "bf16"),
+        "accuracy": partial(accuracy_table, "accuracy_fp32"),
+        "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "earlier": earlier_table,
         "demo": demo_table,
         "hippocampus": hippocampus_table,
@@ -159,4 +145,5 @@ if __name__ == "__main__":
     for path in map(Path, sys.argv[1:]):
         path.write_text(fill(path.read_text()))
     if len(sys.argv) == 1:
-        print(speed_table(), accuracy_table(), earlier_table(), demo_table(), threshold_table(), sep="\n\n")
+        tables = speed_table("fp32"), accuracy_table("accuracy_fp32"), earlier_table(), demo_table(), threshold_table()
+        print(*tables, sep="\n\n")

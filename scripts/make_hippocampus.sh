@@ -10,7 +10,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 bin="$here/../.venv/bin"
 
 for fold in $folds; do
-    # Without a model of the end, a run is new or was interrupted.
+    # The report is written last: a run without one is new or was interrupted.
     if [[ -f "$runs/$fold/report.html" ]]; then
         continue
     elif [[ -f "$runs/$fold/run.json" ]]; then

@@ -3,13 +3,16 @@
     python scripts/pack_builtin.py RUN_ALL --folds RUN0 RUN1 RUN2 RUN3 RUN4 --name hippocampus
 
 RUN_ALL is a run of `tokenseg train --fold all`, whose weights are packed in half precision; the others are runs of the
-folds with the same settings, whose `validation/scores.json` give the figures. What runs cannot tell (data, licence,
-limits) stands in `scripts/builtin/NAME.toml` and `NAME.LICENSE`. The same runs give the same bytes.
+folds with the same settings, whose `validation/scores.json` give the figures, and `benchmarks/NAME_folds.csv`. What
+runs cannot tell (data, licence, limits) stands in `scripts/builtin/NAME.toml` and `NAME.LICENSE`. The same runs give
+the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import math
 import shutil
@@ -29,6 +32,7 @@ from tokenseg.metrics import bootstrap_interval
 from tokenseg.model_card import CaseFigures, CrossValidation, Figure, LabelFigures, Publication
 
 SOURCES = Path(__file__).with_name("builtin")
+MEASUREMENTS = Path(__file__).parents[1] / "benchmarks"
 NUM_WORST = 5
 MAX_BYTES = 12_000_000
 
@@ -52,6 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         folder = pack(arguments.run_all, arguments.folds, arguments.name)
+        write_atomically(MEASUREMENTS / f"{arguments.name}_folds.csv", case_rows(arguments.folds))
     except TokenSegError as error:
         sys.exit(f"error: {error}")
     print((folder / "README.md").read_text(encoding="utf-8"))
@@ -159,6 +164,22 @@ def cross_validation(folds: Sequence[Fold], labels: Sequence[str]) -> CrossValid
             for case in worst[:NUM_WORST]
         ),
     )
+
+
+def case_rows(runs: Sequence[Path]) -> bytes:
+    """Measures of each case and label, as CSV; empty where a label is in neither reference nor prediction."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("fold", "case", "label", "dice", "hd95_mm", "nsd_1mm"))
+    rows = [
+        (fold.model.facts.training["fold"], case, label, *(measures[name] for name in ("dice", "hd95_mm", "nsd")))
+        for fold in map(read_fold, runs)
+        for case, of_labels in fold.scores.items()
+        for label, measures in of_labels.items()
+    ]
+    for *names, dice, hd95_mm, nsd in sorted(rows, key=lambda row: row[1:3]):
+        writer.writerow((*names, *("" if value is None else f"{value:.4f}" for value in (dice, hd95_mm, nsd))))
+    return text.getvalue().encode()
 
 
 def label_figures(label: str, measures: Sequence[dict[str, Any]]) -> LabelFigures:

@@ -165,6 +165,16 @@ def test_figures_are_over_all_cases_of_all_folds(changed, script, tmp_path):
     assert "validation_dice" not in card
 
 
+def test_measures_of_each_case_are_written_as_rows(changed, script):
+    name = set_scores(changed / "1", dice=[0.5, None], hd95_mm=[1.25, None], nsd=[0.75, None])
+    header, *lines = script.case_rows(folds(changed)).decode().splitlines()
+    assert header == "fold,case,label,dice,hd95_mm,nsd_1mm"
+    assert len(lines) == 10
+    assert [line.split(",")[1] for line in lines] == sorted(line.split(",")[1] for line in lines)
+    assert f"1,{name},outer,0.5000,1.2500,0.7500" in lines
+    assert f"1,{name},inner,,," in lines
+
+
 def test_only_runs_that_belong_together_are_packed(changed, script, tmp_path):
     def refused(run_all: str, given: list[Path]) -> str:
         with pytest.raises(ModelError) as caught:

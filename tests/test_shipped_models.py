@@ -84,7 +84,7 @@ def test_other_scans_get_a_warning_that_says_why(tmp_path, capsys, shape, values
 def test_it_segments_real_scans(real_data):
     """Cases it was trained on: no figure of quality, but a fault of packing or of orientation would show."""
     dataset = real_data / "Task04_Hippocampus"
-    listed = json.loads((dataset / "dataset.json").read_text())["training"][:200:40]
+    listed = json.loads((dataset / "dataset.json").read_text())["training"][::40]
     model = load_model("hippocampus")
     for pair in listed:
         volume = read_volume(dataset / pair["image"], ("MRI",))

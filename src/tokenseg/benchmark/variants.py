@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenseg.checkpoint import MakeNetwork
 from tokenseg.config import PRESETS, NetworkConfig, Plan
 from tokenseg.errors import ConfigError
-from tokenseg.model.blocks import ConvBlock, InstanceNorm, Pyramid
+from tokenseg.model.blocks import ConvBlock, Convolution, InstanceNorm, Pyramid
 from tokenseg.model.importance import Importance, ImportanceScore
 from tokenseg.model.network import TokenSeg
 from tokenseg.shapes import Features, Tokens, TokenScalars
@@ -72,7 +72,7 @@ class ResidualBottleneck(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.narrow = ConvBlock(channels, hidden)
-        self.widen = nn.Conv3d(hidden, channels, 3, padding=1, bias=False)
+        self.widen = Convolution(hidden, channels)
         self.norm = InstanceNorm(channels)
         nn.init.zeros_(self.norm.weight)
 

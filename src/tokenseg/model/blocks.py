@@ -40,10 +40,7 @@ class Convolution(nn.Conv3d):
         recorded = is_traced() or torch.compiler.is_compiling()
         if features.device.type != "cpu" or not is_plain or recorded or torch.is_grad_enabled() or not _has_onednn():
             return super().forward(features)
-        padding, stride, dilation = (
-            [int(each) for each in sizes] for sizes in (self.padding, self.stride, self.dilation)
-        )
-        return torch.mkldnn_convolution(features, self.weight, None, padding, stride, dilation, self.groups)
+        return torch.mkldnn_convolution(features, self.weight, None, (1, 1, 1), self.stride, (1, 1, 1), 1)
 
 
 def _has_onednn() -> bool:
