@@ -30,7 +30,15 @@ from tokenseg.data.coarse import coarse_image
 from tokenseg.device import autocast
 from tokenseg.errors import ConfigError
 from tokenseg.shapes import ImageArray
-from tokenseg.windows import WindowSum, forward_of, pad_to_window, predict_logits, sum_windows, window_corners
+from tokenseg.windows import (
+    WindowSum,
+    forward_of,
+    num_windows,
+    pad_to_window,
+    predict_logits,
+    sum_windows,
+    window_corners,
+)
 
 KEPT_PROBABILITY = 0.02
 """Coarse voxels are kept from this probability of foreground on: low, since what is not kept is not looked at again,
@@ -91,9 +99,7 @@ def predict_steered(model: Model, image: ImageArray) -> Steered:
 def predict_full(model: Model, image: ImageArray) -> Steered:
     """Run a network over all of a prepared image at full spacing."""
     plan = model.facts.plan
-    padded, _ = pad_to_window(torch.from_numpy(image), plan.window_vox)
-    corners = window_corners(_shape3(padded.shape[1:]), plan)
-    count = 1 if corners is None else len(corners)
+    count = num_windows(_shape3(image.shape[1:]), plan)
     return Steered(predict_logits(forward_of(model), image, plan), count, count)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
-from tokenseg.config import Plan
+from tokenseg.config import Plan, Vox3
 from tokenseg.device import autocast
 from tokenseg.shapes import Forward, ImageArray, Images, Logits
 
@@ -89,6 +89,13 @@ def window_corners(size: tuple[int, int, int], plan: Plan) -> list[tuple[int, in
         return None
     x, y, z = (window_starts(length, window) for length, window in zip(size, plan.window_vox, strict=True))
     return list(product(x, y, z))
+
+
+def num_windows(size: Vox3, plan: Plan) -> int:
+    """Passes that an image of this size takes at full spacing, padded where it is smaller than a window."""
+    x, y, z = (max(length, window) for length, window in zip(size, plan.window_vox, strict=True))
+    corners = window_corners((x, y, z), plan)
+    return 1 if corners is None else len(corners)
 
 
 def window_starts(size: int, window: int) -> list[int]:

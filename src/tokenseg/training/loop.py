@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from tokenseg.config import Plan, TrainConfig
+from tokenseg.config import Plan, TrainConfig, Vox3
 from tokenseg.errors import TrainingError
 from tokenseg.losses import LossParts, training_loss
 from tokenseg.model.network import TokenSeg
@@ -30,10 +30,10 @@ from tokenseg.training.board import open_board, write_row
 from tokenseg.training.cache import PreparedCase
 from tokenseg.training.journal import Journal
 from tokenseg.training.state import SavedStep, load_state, save_state
-from tokenseg.windows import predict_logits, torch_forward
+from tokenseg.windows import num_windows, predict_logits, torch_forward
 
 STATE_NAME, LOG_NAME = "state.safetensors", "log.csv"
-QUICK_CASES = 8
+QUICK_CASES, QUICK_WINDOWS = 8, 200
 SAVE_SECONDS = 30.0
 TIMED_STEPS, TIMED_SECONDS = 12, 20.0
 
@@ -207,7 +207,7 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
     """
     network.eval()
     scores = []
-    for case in cases[:: max(1, len(cases) // QUICK_CASES)][:QUICK_CASES]:
+    for case in _quick_cases(cases, plan):
         logits = predict_logits(torch_forward(network, device), np.array(case.image), plan)
         for number in range(len(plan.labels)):
             reference = case.labels[number] > 0 if plan.regions else case.labels[0] == number + 1
@@ -217,6 +217,23 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
                 scores.append(2 * int((reference & predicted).sum()) / total)
     network.train()
     return float(np.mean(scores)) if scores else 0.0
+
+
+def _quick_cases(cases: Sequence[PreparedCase], plan: Plan) -> Sequence[PreparedCase]:
+    """Up to eight cases from all over the list, fewer where that would be over 200 windows, but one in any case.
+
+    Of large scans eight may take longer than the steps between two validations. Cases without foreground are left out
+    if there are others: one of them alone would look like a collapse.
+    """
+    telling = [case for case in cases if len(case.points)] or cases
+    most = max((num_windows(_shape3(case.image), plan) for case in telling), default=1)
+    wanted = min(QUICK_CASES, max(1, QUICK_WINDOWS // most))
+    return telling[:: max(1, len(telling) // wanted)][:wanted]
+
+
+def _shape3(image: np.ndarray) -> Vox3:
+    _, x, y, z = image.shape
+    return x, y, z
 
 
 def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
