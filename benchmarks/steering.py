@@ -1,14 +1,14 @@
-"""Token-steered windows against the full sliding window of the same weights, case by case, appended to steering.csv.
+"""Token-steered windows, the full sliding window and one pass, by the same weights, case by case, into steering.csv.
 
-    python benchmarks/steering.py DATASET MODEL [--cases N] [--from N] [--threads N] [--csv FILE]
+    python benchmarks/steering.py DATASET MODEL [--cases ID ...] [--threads N] [--csv FILE]
     python benchmarks/steering.py DATASET MODEL --sweep     thresholds on validation cases: prints, writes nothing
 
-Each case is segmented both ways, one right after the other, on its own grid. A lesion is a piece of the reference
-(26-connected). It is found where the prediction meets it, and lost where the full sliding window finds it and the
-steered windows do not. False positives are pieces of the prediction that meet no lesion. `network_s` runs from the
-prepared image to logits, coarse pass and placing of windows included; `total_s` adds reading, preparation and the way
-back to the scan's grid. Dice is that of all foreground; cases without any are left out of its mean. The row `all`
-adds up counts and averages times and Dice.
+Each case is segmented in turn by the full sliding window, by steered windows and in one pass over the whole scan,
+whatever limit for whole scans the model's plan has. A lesion is a piece of the reference (26-connected). It is found
+where the prediction meets it, and lost where the full sliding window finds it and this way does not. False positives
+are pieces of the prediction that meet no lesion. `network_s` runs from the prepared image to logits, coarse pass and
+placing of windows included; `total_s` adds reading, preparation and the way back to the scan's grid. Dice is that of
+all foreground; cases without any are left out of its mean. The row `all` adds up counts and averages times and Dice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,11 @@ COLUMNS = (
     *("date", "commit", "dataset", "model", "threads", "case", "mode", "windows_run", "windows_full", "kept_cells"),
     *("network_s", "total_s", "dice", "lesions", "found", "lost", "false_positives", "largest_lost_vox"),
 )
-MODES: dict[str, Callable[[Model, ImageArray], Steered]] = {"full": predict_full, "steered": predict_steered}
+MODES: dict[str, Callable[[Model, ImageArray], Steered]] = {
+    "full": lambda model, image: predict_full(_limited(model, model.facts.plan.window_vox), image),
+    "steered": lambda model, image: predict_steered(_limited(model, model.facts.plan.window_vox), image),
+    "whole": lambda model, image: predict_full(_limited(model, image.shape[1:]), image),
+}
 PROBABILITIES = (0.9, 0.5, 0.1, 0.05, 0.02, 0.01, 0.001)
 SCORES = (0.0, 0.4, 0.5, 0.6)
 PIECES = np.ones((3, 3, 3))
@@ -51,15 +56,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--cases", type=int, help="this many; all if not given")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="from this one on, by sorted id")
+    parser.add_argument("--cases", nargs="+", help="ids; all if not given")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("steering.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, dataset = load_model(arguments.model), open_dataset(arguments.dataset)
-    cases = sorted(dataset.cases, key=lambda case: case.case_id)[arguments.first :][: arguments.cases]
+    cases = [case for case in dataset.cases if case.case_id in (arguments.cases or [case.case_id])]
     if arguments.sweep:
         sweep(model, dataset, cases)
         return
@@ -79,7 +83,7 @@ def main() -> None:
         rows = []
         for case in cases:
             rows += measure(model, dataset, case)
-            for row in rows[-2:]:
+            for row in rows[-len(MODES) :]:
                 print(row, flush=True)
         for row in (*rows, *summary(rows)):
             writer.writerow(
@@ -88,8 +92,8 @@ def main() -> None:
 
 
 def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:
-    """Segment a case both ways and compare with its reference: a row a mode."""
-    plan, rows, found_before = model.facts.plan, [], np.zeros(0, dtype=bool)
+    """Segment a case in every mode and compare with its reference: a row a mode."""
+    plan, rows, found_by_full = model.facts.plan, [], np.zeros(0, dtype=bool)
     for mode, predict in MODES.items():
         started = time.perf_counter()
         loaded = load_case(dataset, case)
@@ -102,8 +106,8 @@ def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:
         reference = loaded.mask.array > 0
         lesions, count = label(reference, PIECES)
         found = np.bincount(lesions[mask], minlength=count + 1)[1:] > 0
-        lost = found_before & ~found if mode == "steered" else np.zeros(count, dtype=bool)
-        found_before = found
+        found_by_full = found if mode == "full" else found_by_full
+        lost = found_by_full & ~found
         sizes = np.bincount(lesions.ravel(), minlength=count + 1)[1:]
         rows.append(
             {
@@ -123,6 +127,12 @@ def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _limited(model: Model, limit: tuple[int, ...]) -> Model:
+    """The model with another limit up to which scans run whole; a scan of one window runs whole either way."""
+    plan = model.facts.plan.model_copy(update={"whole_limit_vox": tuple(limit)})
+    return replace(model, facts=model.facts.model_copy(update={"plan": plan}))
 
 
 def dice(mask: np.ndarray, reference: np.ndarray) -> float:
@@ -162,7 +172,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def sweep(model: Model, dataset: Dataset, cases: list[Case]) -> None:
     """For each pair of thresholds: windows that would run, and lesions (and their voxels) that no kept voxel meets."""
-    plan = model.facts.plan
+    plan = _limited(model, model.facts.plan.window_vox).facts.plan
     if plan.coarse_factor is None:
         sys.exit(f"{model.facts.name} was trained without coarse views")
     windows = dict.fromkeys(product(PROBABILITIES, SCORES), 0)

@@ -26,6 +26,7 @@ SPEED_NAMES = {
     "monai-swinunetr": "MONAI `SwinUNETR`",
 }
 DEMO_NAMES = {"tokenseg": "TokenSeg `small`", "monai-unet": "MONAI `UNet`"}
+EQUAL_STEPS = (450, 800)
 EARLIER = {
     ("LeftAtrium", "20 minutes"): "LeftAtrium, 16 scans of fold 0",
     ("Task99_Brain", "6500 steps"): "two BraTS cases, four labels",
@@ -71,6 +72,18 @@ def reduction(column: str, baseline: str) -> str:
 def accuracy_table(name: str) -> str:
     """Networks after the same time on the reported fold, as `tokenseg benchmark accuracy` prints it."""
     return printed(rows_of(f"{name}.csv"), rows_of(f"{name}_cases.csv"))
+
+
+def equal_steps_table() -> str:
+    """Networks after about as many steps on the reported fold, of any day: budgets in minutes that came to that."""
+    names = ("accuracy", "accuracy_0016", "accuracy_fp32", "accuracy_fp32_half")
+    rows = [row for name in names for row in rows_of(f"{name}.csv") if row["dataset"] == "Task04_Hippocampus"]
+    near = [row for row in rows if EQUAL_STEPS[0] <= int(row["steps"]) <= EQUAL_STEPS[1]]
+    lines = ["| network | steps | precision | seed | Dice (95 % interval) |", "| --- | --- | --- | --- | --- |"]
+    for row in sorted(near, key=lambda row: -float(row["dice"])):
+        dice = f"{row['dice']} ({row['dice_low']} to {row['dice_high']})"
+        lines.append(f"| {row['network']} | {row['steps']} | {row['precision']} | {row['seed']} | {dice} |")
+    return "\n".join(lines)
 
 
 def earlier_table() -> str:
@@ -126,6 +139,7 @@ def fill(text: str) -> str:
         "speed-bf16": partial(speed_table, "bf16"),
         "accuracy": partial(accuracy_table, "accuracy_fp32"),
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
+        "equal-steps": equal_steps_table,
         "earlier": earlier_table,
         "demo": demo_table,
         "hippocampus": hippocampus_table,
