@@ -22,7 +22,7 @@ from tokenseg.training.journal import read_journal
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
-TINY = DemoSize(cohort=CohortOptions(train=5, test=2, external=2), preset="tiny", steps=3, unet_steps=2)
+TINY = DemoSize(cohort=CohortOptions(train=5, test=2, external=2), preset="tiny", minutes=None, steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,7 @@ def test_each_network_is_scored_on_each_part(result: DemoResult, folder: Path) -
         assert row.dice.mean == pytest.approx(np.mean(expected), abs=1e-6)
         assert (row.num_exams, row.num_lesion_free) == (len(diseased), len(facts["exams"]) - len(diseased))
         assert row.train_minutes > 0
-    steps = {network: len(read_journal(folder / network / "log.csv")) for network in NAMES}
-    assert steps == {"tokenseg": 3, "monai-unet": 2}
+    assert [len(read_journal(folder / network / "log.csv")) for network in NAMES] == [3, 3]
 
 
 def test_the_report_holds_both_networks_and_says_that_all_is_synthetic(result: DemoResult) -> None:

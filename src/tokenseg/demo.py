@@ -7,8 +7,8 @@ OUT/
   demo.json                      the table
   report.html                    everything to look at
 
-Interrupted, the same command goes on where it was. Both networks take a fixed number of steps, so that the figures
-come out the same each time; the numbers are such that both need about the same time on a CPU, one thread each.
+Interrupted, the same command goes on where it was. Both networks train for the same time, side by side with one thread
+each, so that a demo takes about as long on any computer; what comes out depends on how many steps it has time for.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class DemoSize:
 
     cohort: CohortOptions = field(default_factory=CohortOptions)
     preset: PresetName = "small"
-    steps: int = 700
-    """Training steps of TokenSeg."""
-    unet_steps: int = 268
-    """Training steps of MONAI UNet, in about the same time."""
+    minutes: float | None = 7.0
+    """Time for the training steps of each network."""
+    steps: int | None = None
+    """Training steps of each network, in place of the time."""
 
 
 FULL = DemoSize()
@@ -126,7 +126,7 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
     cohort = folder / "cohort"
     _refuse_foreign(folder)
     write_cohort(cohort, size.cohort, progress)
-    with _unet_beside(cohort / "train", folder / UNET, size.unet_steps):
+    with _unet_beside(cohort / "train", folder / UNET, size):
         _train_tokenseg(cohort / "train", folder / TOKENSEG, size, progress)
         progress.message("waiting for the training of MONAI UNet, which runs beside")
     models = {TOKENSEG: load_model(folder / TOKENSEG), UNET: load_model(folder / UNET, make_network=monai_unet)}
@@ -144,7 +144,7 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
 
 def _train_tokenseg(dataset: Path, run: Path, size: DemoSize, progress: Progress) -> None:
     if not _is_finished(run):
-        train(dataset, run, _options(run, size.steps, size.preset), progress)
+        train(dataset, run, _options(run, size, size.preset), progress)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -158,12 +158,12 @@ def _refuse_foreign(folder: Path) -> None:
             )
 
 
-def _train_unet(dataset: Path, run: Path, steps: int, complaints: Connection) -> None:
+def _train_unet(dataset: Path, run: Path, size: DemoSize, complaints: Connection) -> None:
     """Train in a process of its own, which speaks to no one but its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     try:
-        train(dataset, run, _options(run, steps), make_network=monai_unet)
+        train(dataset, run, _options(run, size), make_network=monai_unet)
     except TokenSegError as error:
         complaints.send_bytes(str(error).encode())
         sys.exit(1)
@@ -177,8 +177,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _options(run: Path, steps: int, preset: PresetName = "small") -> TrainOptions:
-    return TrainOptions(preset=preset, max_steps=steps, threads=1, resume=(run / "run.json").exists())
+def _options(run: Path, size: DemoSize, preset: PresetName = "small") -> TrainOptions:
+    resume = (run / "run.json").exists()
+    return TrainOptions(preset=preset, max_minutes=size.minutes, max_steps=size.steps, threads=1, resume=resume)
 
 
 def _is_finished(run: Path) -> bool:
@@ -186,14 +187,14 @@ def _is_finished(run: Path) -> bool:
 
 
 @contextmanager
-def _unet_beside(dataset: Path, run: Path, steps: int) -> Iterator[None]:
+def _unet_beside(dataset: Path, run: Path, size: DemoSize) -> Iterator[None]:
     """Train the UNet in a process of its own while the body runs."""
     if _is_finished(run):
         yield
         return
     context = multiprocessing.get_context("spawn")
     complaints, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_train_unet, args=(dataset, run, steps, sender), daemon=True)
+    process = context.Process(target=_train_unet, args=(dataset, run, size, sender), daemon=True)
     with _interrupts_ignored():
         process.start()
     try:
