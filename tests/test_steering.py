@@ -240,13 +240,12 @@ def view_of(probability: np.ndarray, cells: list[list[list[int]]], scores: list[
     )
 
 
-def test_probable_voxels_of_important_cells_are_kept_with_their_neighbours():
-    probability = np.full((12, 12, 12), 0.01)
-    probability[2, 3, 4] = probability[9, 9, 8] = 0.03
+def test_probable_voxels_of_important_cells_are_kept():
+    probability = np.full((12, 12, 12), 0.3)
+    probability[2, 3, 4] = probability[9, 9, 8] = 0.6
     cells = [[[6, 6, 6], [12, 12, 12]], [[0, 0, 0], [6, 6, 6]], [[0, 0, 0], [12, 12, 12]]]
     first, second = np.zeros((12, 12, 12), bool), np.zeros((12, 12, 12), bool)
-    first[1:4, 2:5, 3:6] = True
-    second[8:11, 8:11, 7:10] = True
+    first[2, 3, 4] = second[9, 9, 8] = True
     for scores, expected in {
         (0.1, 0.9, 0.1): first,
         (0.9, 0.1, 0.1): second,
@@ -255,8 +254,8 @@ def test_probable_voxels_of_important_cells_are_kept_with_their_neighbours():
     }.items():
         np.testing.assert_array_equal(kept_voxels(view_of(probability, cells, list(scores)), toy_plan()), expected)
     np.testing.assert_array_equal(kept_voxels(view_of(probability, [], []), toy_plan()), first | second)
-    assert not kept_voxels(view_of(probability, [], []), toy_plan(), 0.04).any()
-    assert kept_voxels(view_of(probability, [], []), toy_plan(), 0.005).all()
+    assert not kept_voxels(view_of(probability, [], []), toy_plan(), 0.7).any()
+    assert kept_voxels(view_of(probability, [], []), toy_plan(), 0.2).all()
 
 
 def test_foreground_is_what_is_no_background():

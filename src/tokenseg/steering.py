@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from scipy.ndimage import binary_dilation
 from torch import Tensor
 
 from tokenseg.checkpoint import Model
@@ -40,9 +39,10 @@ from tokenseg.windows import (
     window_corners,
 )
 
-KEPT_PROBABILITY = 0.02
-"""Coarse voxels are kept from this probability of foreground on: low, since what is not kept is not looked at again,
-and below 1/2, so that no voxel is foreground by the coarse answer alone."""
+KEPT_PROBABILITY = 0.5
+"""Coarse voxels are kept from this probability of foreground on. Training weighs both classes the same, and labels a
+coarse voxel by what is around it too, so that a lesion shows well above this (decision 0018). No higher, so that no
+voxel is foreground by the coarse answer alone."""
 KEPT_SCORE = 0.4
 """Cells are kept from this importance on."""
 
@@ -130,7 +130,7 @@ def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> CoarseView:
 def kept_voxels(
     view: CoarseView, plan: Plan, least_probability: float = KEPT_PROBABILITY, least_score: float = KEPT_SCORE
 ) -> Bool[np.ndarray, "Xc Yc Zc"]:
-    """Coarse voxels that may hold foreground, however many, and those next to them.
+    """Coarse voxels that may hold foreground, or lie next to some, however many: so they were labelled in training.
 
     Args:
         view: From `look_coarsely`. Without cells, all voxels are looked at.
@@ -138,14 +138,13 @@ def kept_voxels(
         least_probability: Voxels are kept from this probability of foreground on,
         least_score: if a cell of at least this importance, of any level, holds them.
     """
-    kept = foreground_probability(view.logits, plan) >= least_probability
+    kept: Bool[np.ndarray, "Xc Yc Zc"] = foreground_probability(view.logits, plan) >= least_probability
     if len(view.cells_vox):
         looked_at = np.zeros_like(kept)
         for low, high in view.cells_vox[view.scores >= least_score]:
             looked_at[tuple(slice(first, last) for first, last in zip(low, high, strict=True))] = True
         kept &= looked_at
-    dilated: Bool[np.ndarray, "Xc Yc Zc"] = binary_dilation(kept, np.ones((3, 3, 3)))
-    return dilated
+    return kept
 
 
 def foreground_probability(logits: Float[Tensor, "L X Y Z"], plan: Plan) -> Float[np.ndarray, "X Y Z"]:
