@@ -26,6 +26,8 @@ SPEED_NAMES = {
     "monai-swinunetr": "MONAI `SwinUNETR`",
 }
 DEMO_NAMES = {"tokenseg": "TokenSeg `small`", "monai-unet": "MONAI `UNet`"}
+STEERED = {"whole/test": "10 synthetic breast exams", "brats/Task99_Brain": "2 BraTS heads, trained on"}
+WAYS = {"full": "full sliding window", "steered": "token-steered windows", "whole": "one pass"}
 EQUAL_STEPS = (450, 800)
 EARLIER = {
     ("LeftAtrium", "20 minutes"): "LeftAtrium, 16 scans of fold 0",
@@ -86,6 +88,22 @@ def equal_steps_table() -> str:
     return "\n".join(lines)
 
 
+def steering_table() -> str:
+    """Ways to run the same weights over whole scans: sums and means over all cases of a dataset."""
+    lines = [
+        "| scans | way | windows | network | in all | Dice | lesions found | lost | false positives |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows_of("steering.csv"):
+        if row["case"] == "all":
+            times = f"{float(row['network_s']):.1f} s | {float(row['total_s']):.1f} s | {float(row['dice']):.3f}"
+            lesions = f"{row['found']} of {row['lesions']} | {row['lost']} | {row['false_positives']}"
+            lines.append(
+                f"| {STEERED[row['dataset']]} | {WAYS[row['mode']]} | {row['windows_run']} | {times} | {lesions} |"
+            )
+    return "\n".join(lines)
+
+
 def earlier_table() -> str:
     """What the network reached before its refinement on data other than the hippocampus; labels averaged."""
     lines = ["| data | training | Dice | HD95 |", "| --- | --- | --- | --- |"]
@@ -140,6 +158,7 @@ def fill(text: str) -> str:
         "accuracy": partial(accuracy_table, "accuracy_fp32"),
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "equal-steps": equal_steps_table,
+        "steering": steering_table,
         "earlier": earlier_table,
         "demo": demo_table,
         "hippocampus": hippocampus_table,
