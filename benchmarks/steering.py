@@ -1,4 +1,4 @@
-"""Token-steered windows, the full sliding window and one pass, by the same weights, case by case, into steering.csv.
+"""Steered windows, the full sliding window and one pass over the whole scan, by the same weights, into steering.csv.
 
     python benchmarks/steering.py DATASET MODEL [--cases ID ...] [--threads N] [--csv FILE]
     python benchmarks/steering.py DATASET MODEL --sweep     thresholds on validation cases: prints, writes nothing
@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +33,24 @@ from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_case, open_dataset
 from tokenseg.data.preprocess import prepare_image, prepare_labels, restore_logits
 from tokenseg.shapes import ImageArray
-from tokenseg.steering import KEPT_SCORE, Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
-from tokenseg.windows import pad_to_window, window_corners
+from tokenseg.steering import Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
+from tokenseg.windows import num_windows, pad_to_window
 
 COLUMNS = (
-    *("date", "commit", "dataset", "model", "threads", "case", "mode", "windows_run", "windows_full", "kept_cells"),
+    *("date", "commit", "dataset", "model", "threads", "case", "mode", "windows_run", "windows_full"),
     *("network_s", "total_s", "dice", "lesions", "found", "lost", "false_positives", "largest_lost_vox"),
 )
 MODES: dict[str, Callable[[Model, ImageArray], Steered]] = {
-    "full": lambda model, image: predict_full(_limited(model, model.facts.plan.window_vox), image),
-    "steered": lambda model, image: predict_steered(_limited(model, model.facts.plan.window_vox), image),
-    "whole": lambda model, image: predict_full(_limited(model, image.shape[1:]), image),
+    "full": lambda model, image: predict_full(_limited(model, 1), image),
+    "steered": lambda model, image: predict_steered(_limited(model, 1), image),
+    "whole": lambda model, image: predict_full(_limited(model, 1_000_000), image),
 }
 PROBABILITIES = (0.9, 0.5, 0.1, 0.05, 0.02, 0.01, 0.001)
-SCORES = (0.0, 0.4, 0.5, 0.6)
 PIECES = np.ones((3, 3, 3))
 
 
 def main() -> None:
-    """Measure every case both ways, or sweep the thresholds."""
+    """Measure every case in three ways, or sweep the threshold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("model", type=Path)
@@ -63,6 +61,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model, dataset = load_model(arguments.model), open_dataset(arguments.dataset)
+    unknown = sorted({*(arguments.cases or ())} - {case.case_id for case in dataset.cases})
+    if unknown:
+        parser.error(f"not in {arguments.dataset}: {', '.join(unknown)}")
     cases = [case for case in dataset.cases if case.case_id in (arguments.cases or [case.case_id])]
     if arguments.sweep:
         sweep(model, dataset, cases)
@@ -115,7 +116,6 @@ def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:
                 "mode": mode,
                 "windows_run": answer.windows_run,
                 "windows_full": answer.windows_full,
-                "kept_cells": num_kept_cells(model, prepared.image) if mode == "steered" else "",
                 "network_s": network_s,
                 "total_s": total_s,
                 "dice": dice(mask, reference) if reference.any() else "",
@@ -129,9 +129,9 @@ def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:
     return rows
 
 
-def _limited(model: Model, limit: tuple[int, ...]) -> Model:
-    """The model with another limit up to which scans run whole; a scan of one window runs whole either way."""
-    plan = model.facts.plan.model_copy(update={"whole_limit_vox": tuple(limit)})
+def _limited(model: Model, limit_vox: int) -> Model:
+    """The model with another limit, the same for each axis, up to which scans run whole."""
+    plan = model.facts.plan.model_copy(update={"whole_limit_vox": (limit_vox,) * 3})
     return replace(model, facts=model.facts.model_copy(update={"plan": plan}))
 
 
@@ -146,11 +146,6 @@ def false_positives(mask: np.ndarray, reference: np.ndarray) -> int:
     return count - len(np.unique(pieces[mask & reference]))
 
 
-def num_kept_cells(model: Model, image: ImageArray) -> int:
-    """Candidate cells of the coarse view whose importance calls for a look."""
-    return int((look_coarsely(model, torch.from_numpy(image)).scores >= KEPT_SCORE).sum())
-
-
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a mode over all cases."""
     result = []
@@ -158,10 +153,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows if row["mode"] == mode]
         sums = {
             name: sum(row[name] or 0 for row in own)
-            for name in ("windows_run", "windows_full", "kept_cells", "lesions", "found", "lost", "false_positives")
+            for name in ("windows_run", "windows_full", "lesions", "found", "lost", "false_positives")
         }
         means = {
-            name: float(np.mean([row[name] for row in own if row[name] != ""]))
+            name: float(np.mean([row[name] for row in own if row[name] != ""] or [np.nan]))
             for name in ("network_s", "total_s", "dice")
         }
         largest = max(row["largest_lost_vox"] for row in own)
@@ -171,35 +166,36 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sweep(model: Model, dataset: Dataset, cases: list[Case]) -> None:
-    """For each pair of thresholds: windows that would run, and lesions (and their voxels) that no kept voxel meets."""
-    plan = _limited(model, model.facts.plan.window_vox).facts.plan
+    """For each threshold: windows that would run, and lesions (their voxels) that no kept voxel meets."""
+    plan = _limited(model, 1).facts.plan
     if plan.coarse_factor is None:
         sys.exit(f"{model.facts.name} was trained without coarse views")
-    windows = dict.fromkeys(product(PROBABILITIES, SCORES), 0)
-    missed = {pair: list[int]() for pair in windows}
+    windows = dict.fromkeys(PROBABILITIES, 0)
+    missed = {probability: list[int]() for probability in PROBABILITIES}
     num_full, num_lesions = 0, 0
     for case in cases:
         loaded = load_case(dataset, case)
         prepared = prepare_image(loaded.volume, plan, covering=loaded.mask)
         padded, start = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
         size = padded.shape[1], padded.shape[2], padded.shape[3]
-        view = look_coarsely(model, padded)
+        logits = look_coarsely(model, padded)
         reference = prepare_labels(loaded.mask, prepared.record, plan).max(axis=0) > 0
         lesions, count = label(reference, PIECES)
         num_lesions += count
-        num_full += len(window_corners(size, plan) or [()])
-        for pair in windows:
-            kept = kept_voxels(view, plan, *pair)
-            windows[pair] += len(cover(kept, size, plan.window_vox, plan.coarse_factor))
+        full = num_windows(prepared.image, plan)
+        num_full += full
+        for probability in PROBABILITIES:
+            kept = kept_voxels(logits, plan, probability)
+            windows[probability] += min(full, len(cover(kept, size, plan.window_vox, plan.coarse_factor)))
             whole = np.kron(kept, np.ones(plan.coarse_factor, dtype=bool))[tuple(slice(length) for length in size)]
             inner = tuple(slice(a, a + b) for a, b in zip(start, reference.shape, strict=True))
             met = np.bincount(lesions[whole[inner]], minlength=count + 1)[1:] > 0
-            missed[pair] += np.bincount(lesions.ravel(), minlength=count + 1)[1:][~met].tolist()
+            missed[probability] += np.bincount(lesions.ravel(), minlength=count + 1)[1:][~met].tolist()
         print(case.case_id, count, "lesions", flush=True)
     print(f"{len(cases)} cases, {num_lesions} lesions, {num_full} windows in the full sliding window")
-    for (probability, score), run in windows.items():
-        lost = sorted(missed[probability, score])
-        print(f"probability {probability:<6} score {score:<4} windows {run:5d} = {run / num_full:.3f}, missed {lost}")
+    for probability, run in windows.items():
+        lost = sorted(missed[probability])
+        print(f"probability {probability:<6} windows {run:5d} = {run / num_full:.3f}, missed {lost}")
 
 
 if __name__ == "__main__":

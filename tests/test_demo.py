@@ -22,7 +22,7 @@ from tokenseg.training.journal import read_journal
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
-TINY = DemoSize(cohort=CohortOptions(train=5, test=2, external=2), preset="tiny", minutes=None, steps=3)
+TINY = DemoSize(cohort=CohortOptions(train=5, test=2, external=2), preset="tiny", steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,14 @@ def test_each_network_is_scored_on_each_part(result: DemoResult, folder: Path) -
         assert (row.num_exams, row.num_lesion_free) == (len(diseased), len(facts["exams"]) - len(diseased))
         assert row.train_minutes > 0
     assert [len(read_journal(folder / network / "log.csv")) for network in NAMES] == [3, 3]
+
+
+def test_unless_steps_are_given_both_networks_get_the_same_minutes(folder: Path, result: DemoResult) -> None:
+    for network in NAMES:
+        options = tokenseg.demo._options(folder / network, DemoSize())
+        options.check()
+        assert (options.max_minutes, options.max_steps, options.threads, options.resume) == (7.0, None, 1, True)
+    assert not tokenseg.demo._options(folder / "new", DemoSize()).resume
 
 
 def test_the_report_holds_both_networks_and_says_that_all_is_synthetic(result: DemoResult) -> None:

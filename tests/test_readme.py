@@ -57,7 +57,8 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.fill(cohort) == cohort
     measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert tables.fill(measurements) == measurements
-    assert tables.earlier_table() in measurements
+    for table in (tables.earlier_table, tables.equal_steps_table, tables.steering_table):
+        assert table() in measurements
     assert tables.speed_table("bf16") in measurements
     assert tables.accuracy_table("accuracy") in measurements
     builtin = (ROOT / "docs" / "hippocampus.md").read_text(encoding="utf-8")

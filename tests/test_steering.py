@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fake_tokens import BoxSums
 from phantoms import write_nifti
 from plans import make_plan
 from tokenseg.checkpoint import Model
@@ -21,7 +19,6 @@ from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
 from tokenseg.segment import segment_files, segment_volume
 from tokenseg.steering import (
-    CoarseView,
     cover,
     fine_share,
     foreground_probability,
@@ -232,30 +229,13 @@ def test_any_size_comes_back_in_its_size_with_its_lesion(shape, seed):
 # ---- what is kept
 
 
-def view_of(probability: np.ndarray, cells: list[list[list[int]]], scores: list[float]) -> CoarseView:
-    return CoarseView(
-        torch.logit(torch.from_numpy(probability)[None].float(), eps=1e-6),
-        np.array(cells, dtype=np.int64).reshape(-1, 2, 3),
-        np.array(scores, dtype=np.float32),
-    )
-
-
-def test_probable_voxels_of_important_cells_are_kept():
-    probability = np.full((12, 12, 12), 0.3)
-    probability[2, 3, 4] = probability[9, 9, 8] = 0.6
-    cells = [[[6, 6, 6], [12, 12, 12]], [[0, 0, 0], [6, 6, 6]], [[0, 0, 0], [12, 12, 12]]]
-    first, second = np.zeros((12, 12, 12), bool), np.zeros((12, 12, 12), bool)
-    first[2, 3, 4] = second[9, 9, 8] = True
-    for scores, expected in {
-        (0.1, 0.9, 0.1): first,
-        (0.9, 0.1, 0.1): second,
-        (0.1, 0.1, 0.9): first | second,  # of any level
-        (0.1, 0.1, 0.1): np.zeros_like(first),
-    }.items():
-        np.testing.assert_array_equal(kept_voxels(view_of(probability, cells, list(scores)), toy_plan()), expected)
-    np.testing.assert_array_equal(kept_voxels(view_of(probability, [], []), toy_plan()), first | second)
-    assert not kept_voxels(view_of(probability, [], []), toy_plan(), 0.7).any()
-    assert kept_voxels(view_of(probability, [], []), toy_plan(), 0.2).all()
+def test_probable_voxels_are_kept():
+    probability = torch.full((1, 12, 12, 12), 0.3)
+    probability[0, 2, 3, 4] = probability[0, 9, 9, 8] = 0.6
+    logits = torch.logit(probability)
+    np.testing.assert_array_equal(np.argwhere(kept_voxels(logits, toy_plan())), [[2, 3, 4], [9, 9, 8]])
+    assert not kept_voxels(logits, toy_plan(), 0.7).any()
+    assert kept_voxels(logits, toy_plan(), 0.2).all()
 
 
 def test_foreground_is_what_is_no_background():
@@ -267,17 +247,11 @@ def test_foreground_is_what_is_no_background():
     assert foreground_probability(regions, make_plan(labels=2, regions=True)).item() == pytest.approx(0.5)
 
 
-def test_cells_are_told_in_voxels_of_the_coarse_view():
+def test_a_coarse_view_that_is_smaller_than_a_window_comes_back_in_its_size():
     plan = toy_plan(coarse_factor=(4, 4, 4), window_vox=(16, 16, 16))
-    network = BoxSums(plan, lambda images: images[:, :1])
-    model = replace(toy_model(network, plan), network=network)
-    view = look_coarsely(model, torch.from_numpy(scan(cube(28, 24, 12), shape=(64, 40, 32))))
-    assert view.logits.shape == (1, 16, 10, 8)
-    # The view is centred in a window of 16 voxels: 3 empty ones before its 10, 4 before its 8.
-    assert view.cells_vox[0].tolist() == [[0, 0, 0], [4, 0, 0]]
-    assert view.cells_vox[:100].max(axis=(0, 1)).tolist() == [16, 10, 8]
-    assert view.cells_vox.shape == (400, 2, 3)
-    assert view.scores.shape == (400,)
+    image = scan(cube(28, 24, 12), shape=(64, 40, 32))
+    logits = look_coarsely(toy_model(Toy(lambda images: images[:, :1]), plan), torch.from_numpy(image))
+    torch.testing.assert_close(logits, torch.from_numpy(coarse_image(image, (4, 4, 4))))
 
 
 def test_a_model_without_coarse_views_cannot_look_coarsely():

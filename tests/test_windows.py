@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from plans import make_plan
 from tokenseg.config import Plan
-from tokenseg.windows import predict_logits, sum_windows, torch_forward, window_corners, window_starts, window_weight
+from tokenseg.windows import (
+    num_windows,
+    predict_logits,
+    sum_windows,
+    torch_forward,
+    window_corners,
+    window_starts,
+    window_weight,
+)
 from toy_models import Toy, as_stored, nearest_level
 
 CPU = torch.device("cpu")
@@ -56,6 +64,9 @@ def test_the_plan_alone_decides_between_whole_and_windows():
         assert logits.shape == (3, 20, 21, 30)
         windows = [(1, 1, 16, 16, 16)] * (2 * 2 * 3)
         assert network.seen == ([(1, 1, 20, 21, 30)] if whole else windows)
+        assert num_windows(image, toy_plan(whole_limit_vox=limit)) == len(network.seen)
+    # An axis that is shorter than a window is padded to one.
+    assert num_windows(np.zeros((1, 9, 20, 40), np.float32), toy_plan(whole_limit_vox=(9, 9, 9))) == 1 * 2 * 4
 
 
 @settings(max_examples=30, deadline=None)

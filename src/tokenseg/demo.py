@@ -7,8 +7,8 @@ OUT/
   demo.json                      the table
   report.html                    everything to look at
 
-Interrupted, the same command goes on where it was. Both networks train for the same time, side by side with one thread
-each, so that a demo takes about as long on any computer; what comes out depends on how many steps it has time for.
+Interrupted, the same command goes on where it was. Both networks train for the same time on any computer, side by side
+with one thread each; what comes out depends on how many steps that is.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class DemoSize:
 
     cohort: CohortOptions = field(default_factory=CohortOptions)
     preset: PresetName = "small"
-    minutes: float | None = 7.0
+    minutes: float = 7.0
     """Time for the training steps of each network."""
     steps: int | None = None
     """Training steps of each network, in place of the time."""
@@ -179,7 +179,8 @@ def _end_with_parent() -> None:
 
 def _options(run: Path, size: DemoSize, preset: PresetName = "small") -> TrainOptions:
     resume = (run / "run.json").exists()
-    return TrainOptions(preset=preset, max_minutes=size.minutes, max_steps=size.steps, threads=1, resume=resume)
+    minutes = size.minutes if size.steps is None else None
+    return TrainOptions(preset=preset, max_minutes=minutes, max_steps=size.steps, threads=1, resume=resume)
 
 
 def _is_finished(run: Path) -> bool:

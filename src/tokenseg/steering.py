@@ -1,9 +1,8 @@
-"""Token-steered windows: a coarse view of a large scan decides where the network runs at full spacing.
+"""Steered windows: a coarse view of a large scan decides where the network runs at full spacing.
 
-One pass over the whole scan, averaged by the plan's `coarse_factor`, gives a coarse answer and the tokens' scores.
-Where cells are of some importance, coarse voxels that may hold foreground are kept, however many there are. Windows
-at full spacing are placed so that each kept voxel lies in the middle half of one, as every voxel does in the full
-sliding window.
+One pass over the whole scan, averaged by the plan's `coarse_factor`, gives a coarse answer. Coarse voxels that may hold
+foreground are kept, however many there are. Windows at full spacing are placed so that each kept voxel lies in the
+middle half of one, as every voxel does in the full sliding window.
 
 The answer at full spacing counts alone in the middle half of each window, which reaches to the edge of the scan where
 the window does. From there to the edge of the window its share falls linearly to zero, and the coarse answer,
@@ -26,7 +25,6 @@ from torch import Tensor
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, Vox3
 from tokenseg.data.coarse import coarse_image
-from tokenseg.device import autocast
 from tokenseg.errors import ConfigError
 from tokenseg.shapes import ImageArray
 from tokenseg.windows import (
@@ -41,10 +39,8 @@ from tokenseg.windows import (
 
 KEPT_PROBABILITY = 0.5
 """Coarse voxels are kept from this probability of foreground on. Training weighs both classes the same, and labels a
-coarse voxel by what is around it too, so that a lesion shows well above this (decision 0018). No higher, so that no
-voxel is foreground by the coarse answer alone."""
-KEPT_SCORE = 0.4
-"""Cells are kept from this importance on."""
+coarse voxel by what is around it too, so that a lesion shows well above this (decision 0018). No higher, so that all
+that the coarse view calls foreground is looked at."""
 
 Corner = tuple[int, int, int]
 
@@ -57,16 +53,6 @@ class Steered(NamedTuple):
     """Passes at full spacing."""
     windows_full: int
     """Passes that the full sliding window takes; 1 where the scan runs whole."""
-
-
-class CoarseView(NamedTuple):
-    """The network's answer to the coarse view of a scan."""
-
-    logits: Float[Tensor, "L Xc Yc Zc"]
-    cells_vox: Int[np.ndarray, "N 2 3"]
-    """Corners of the candidate cells in coarse voxels; none where the network has no tokens."""
-    scores: Float[np.ndarray, " N"]
-    """Importance of each cell."""
 
 
 def predict_steered(model: Model, image: ImageArray) -> Steered:
@@ -83,11 +69,11 @@ def predict_steered(model: Model, image: ImageArray) -> Steered:
     full = window_corners(size, plan)
     if full is None or plan.coarse_factor is None:
         return predict_full(model, image)
-    view = look_coarsely(model, padded)
-    corners = cover(kept_voxels(view, plan), size, plan.window_vox, plan.coarse_factor)
+    coarse = look_coarsely(model, padded)
+    corners = cover(kept_voxels(coarse, plan), size, plan.window_vox, plan.coarse_factor)
     if len(corners) >= len(full):
         return predict_full(model, image)
-    logits = _spread(view.logits, plan.coarse_factor, size)
+    logits = _spread(coarse, plan.coarse_factor, size)
     if corners:
         with torch.inference_mode():
             total = sum_windows(forward_of(model), padded, plan.window_vox, corners)
@@ -99,12 +85,12 @@ def predict_steered(model: Model, image: ImageArray) -> Steered:
 def predict_full(model: Model, image: ImageArray) -> Steered:
     """Run a network over all of a prepared image at full spacing."""
     plan = model.facts.plan
-    count = num_windows(_shape3(image.shape[1:]), plan)
+    count = num_windows(image, plan)
     return Steered(predict_logits(forward_of(model), image, plan), count, count)
 
 
-def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> CoarseView:
-    """Run the network once over the coarse view of a whole image.
+def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> Float[Tensor, "L Xc Yc Zc"]:
+    """Logits of the coarse view of a whole image, in one pass.
 
     Args:
         model: Its plan has a `coarse_factor`.
@@ -113,37 +99,25 @@ def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> CoarseView:
     plan = model.facts.plan
     if plan.coarse_factor is None:
         raise ConfigError(f"model {model.facts.name!r} was trained without coarse views; run all windows")
-    coarse = torch.from_numpy(coarse_image(image.numpy(), plan.coarse_factor))
-    padded, start = pad_to_window(coarse, plan.window_vox)
-    # By torch in any case: the other engines give no tokens.
-    with torch.inference_mode(), autocast(model.device):
-        output = model.network(padded[None].to(model.device))
-    size = _shape3(coarse.shape[1:])
-    inner = tuple(slice(first, first + length) for first, length in zip(start, size, strict=True))
-    logits = output.logits[0].float().cpu()[(slice(None), *inner)]
-    if output.tokens is None:
-        return CoarseView(logits, np.zeros((0, 2, 3), dtype=np.int64), np.zeros(0, dtype=np.float32))
-    cells = np.clip(output.tokens.boxes_vox.cpu().numpy() - start, 0, size)
-    return CoarseView(logits, cells, output.tokens.importance.score[0].float().cpu().numpy())
+    view = torch.from_numpy(coarse_image(image.numpy(), plan.coarse_factor))
+    padded, start = pad_to_window(view, plan.window_vox)
+    with torch.inference_mode():
+        logits = forward_of(model)(padded[None])[0]
+    inner = (slice(first, first + length) for first, length in zip(start, view.shape[1:], strict=True))
+    return logits[(slice(None), *inner)]
 
 
 def kept_voxels(
-    view: CoarseView, plan: Plan, least_probability: float = KEPT_PROBABILITY, least_score: float = KEPT_SCORE
+    logits: Float[Tensor, "L Xc Yc Zc"], plan: Plan, least_probability: float = KEPT_PROBABILITY
 ) -> Bool[np.ndarray, "Xc Yc Zc"]:
-    """Coarse voxels that may hold foreground, or lie next to some, however many: so they were labelled in training.
+    """Coarse voxels that probably hold foreground or touch some, as training labels them.
 
     Args:
-        view: From `look_coarsely`. Without cells, all voxels are looked at.
+        logits: From `look_coarsely`.
         plan: Says how outputs are to be read.
-        least_probability: Voxels are kept from this probability of foreground on,
-        least_score: if a cell of at least this importance, of any level, holds them.
+        least_probability: Voxels are kept from this probability of foreground on.
     """
-    kept: Bool[np.ndarray, "Xc Yc Zc"] = foreground_probability(view.logits, plan) >= least_probability
-    if len(view.cells_vox):
-        looked_at = np.zeros_like(kept)
-        for low, high in view.cells_vox[view.scores >= least_score]:
-            looked_at[tuple(slice(first, last) for first, last in zip(low, high, strict=True))] = True
-        kept &= looked_at
+    kept: Bool[np.ndarray, "Xc Yc Zc"] = foreground_probability(logits, plan) >= least_probability
     return kept
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
-from tokenseg.config import Plan, Vox3
+from tokenseg.config import Plan
 from tokenseg.device import autocast
 from tokenseg.shapes import Forward, ImageArray, Images, Logits
 
@@ -91,9 +91,9 @@ def window_corners(size: tuple[int, int, int], plan: Plan) -> list[tuple[int, in
     return list(product(x, y, z))
 
 
-def num_windows(size: Vox3, plan: Plan) -> int:
-    """Passes that an image of this size takes at full spacing, padded where it is smaller than a window."""
-    x, y, z = (max(length, window) for length, window in zip(size, plan.window_vox, strict=True))
+def num_windows(image: ImageArray, plan: Plan) -> int:
+    """Passes that `predict_logits` takes over an image."""
+    x, y, z = (max(length, window) for length, window in zip(image.shape[1:], plan.window_vox, strict=True))
     corners = window_corners((x, y, z), plan)
     return 1 if corners is None else len(corners)
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from tokenseg.config import Plan, TrainConfig, Vox3
+from tokenseg.config import Plan, TrainConfig
 from tokenseg.errors import TrainingError
 from tokenseg.losses import LossParts, training_loss
 from tokenseg.model.network import TokenSeg
@@ -220,20 +220,17 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
 
 
 def _quick_cases(cases: Sequence[PreparedCase], plan: Plan) -> Sequence[PreparedCase]:
-    """Up to eight cases from all over the list, fewer where that would be over 200 windows, but one in any case.
+    """Up to eight cases from all over the list, fewer where they take over 200 windows, but one in any case.
 
-    Of large scans eight may take longer than the steps between two validations. Cases without foreground are left out
-    if there are others: one of them alone would look like a collapse.
+    Eight large scans may take longer than the steps between two validations. Where they are fewer, cases without
+    foreground are left out if there are others: one of them alone would look like a collapse.
     """
-    telling = [case for case in cases if len(case.points)] or cases
-    most = max((num_windows(_shape3(case.image), plan) for case in telling), default=1)
-    wanted = min(QUICK_CASES, max(1, QUICK_WINDOWS // most))
-    return telling[:: max(1, len(telling) // wanted)][:wanted]
-
-
-def _shape3(image: np.ndarray) -> Vox3:
-    _, x, y, z = image.shape
-    return x, y, z
+    wanted = QUICK_CASES
+    if sum(num_windows(case.image, plan) for case in cases) * wanted > QUICK_WINDOWS * len(cases):
+        cases = [case for case in cases if len(case.points)] or cases
+        wanted = max(1, QUICK_WINDOWS * len(cases) // sum(num_windows(case.image, plan) for case in cases))
+    count = min(wanted, QUICK_CASES, len(cases))
+    return [cases[number * len(cases) // count] for number in range(count)]
 
 
 def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
