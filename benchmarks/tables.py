@@ -156,6 +156,7 @@ def fill(text: str) -> str:
         "speed-bf16": partial(speed_table, "bf16"),
         "accuracy": partial(accuracy_table, "accuracy_fp32"),
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
+        "accuracy-left-atrium": partial(accuracy_table, "accuracy_left_atrium"),
         "equal-steps": equal_steps_table,
         "steering": steering_table,
         "earlier": earlier_table,
