@@ -104,6 +104,8 @@ def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
     assert f"synthetic breast tumours: {share}, base rate {base_rate}, ceiling {ceiling}" in claims
     share, base_rate, ceiling = (100 * float(near["Task04_Hippocampus"][name]) for name in NEAR)
     assert f"hippocampus: {share:.1f} %, base rate {base_rate:.0f} %, ceiling {ceiling:.0f} %" in claims
+    share, base_rate, ceiling = (100 * float(near["LeftAtrium"][name]) for name in NEAR)
+    assert f"left atrium: {share:.1f} %, base rate {base_rate:.1f} %, ceiling {ceiling:.0f} %" in claims
     dice = {
         row["exams"]: 100 * float(row["dice"]) for row in tables.rows_of("demo.csv") if row["network"] == "tokenseg"
     }
