@@ -90,7 +90,24 @@ def test_the_gaps_named_follow_the_rows() -> None:
     assert len(dice) == 3
     with_amx = read_dice(ROOT / "benchmarks" / "accuracy.csv")
     unet, nnunet = (100 * (with_amx["tokenseg-small"] - with_amx[name]) for name in ("monai-unet", "nnunet-plainconv"))
-    assert f"it was {unet:.1f} points ahead of `UNet` and {-nnunet:.1f} behind `PlainConvUNet`" in README
+    assert (
+        f"an earlier network was {unet:.1f} points ahead of `UNet` and {-nnunet:.1f} behind `PlainConvUNet`" in README
+    )
+    atrium = read_dice(ROOT / "benchmarks" / "accuracy_left_atrium.csv")
+    gap = 100 * (atrium["tokenseg-small"] - atrium["monai-unet"])
+    assert f"it is {gap:.1f} points\nahead of `UNet`" in README
+
+
+def test_what_is_said_of_steered_windows_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tables
+
+    monkeypatch.delitem(sys.modules, "tables")
+    rows = [row for row in tables.rows_of("steering.csv") if row["case"] == "all" and row["dataset"] == "whole/test"]
+    full, steered, _ = rows
+    assert "network time of whole synthetic breast exams to a\nfifth, with no lesion lost" in README
+    assert 0.18 < float(steered["network_s"]) / float(full["network_s"]) < 0.2
+    assert (steered["mode"], steered["lost"]) == ("steered", "0")
 
 
 def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
