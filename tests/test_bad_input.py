@@ -504,13 +504,13 @@ def test_cohorts_that_cannot_be(refused, tmp_path, options, said):
 MANY_UNETS = """
 import signal, sys, time
 from pathlib import Path
-from tokenseg.demo import _unet_beside
+from tokenseg.demo import DemoSize, _unet_beside
 
 if __name__ == "__main__":
     # Shells start background jobs deaf to Ctrl-C, and the tests may be one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _unet_beside(Path(sys.argv[1]), Path(sys.argv[2]), 3000):
+        with _unet_beside(Path(sys.argv[1]), Path(sys.argv[2]), DemoSize(steps=3000)):
             time.sleep(300)
     except KeyboardInterrupt:
         sys.exit(130)
