@@ -144,7 +144,7 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
 
 def _train_tokenseg(dataset: Path, run: Path, size: DemoSize, progress: Progress) -> None:
     if not _is_finished(run):
-        train(dataset, run, _options(run, size, size.preset), progress)
+        train(dataset, run, _options(run, size), progress)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -177,10 +177,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _options(run: Path, size: DemoSize, preset: PresetName = "small") -> TrainOptions:
+def _options(run: Path, size: DemoSize) -> TrainOptions:
     resume = (run / "run.json").exists()
     minutes = size.minutes if size.steps is None else None
-    return TrainOptions(preset=preset, max_minutes=minutes, max_steps=size.steps, threads=1, resume=resume)
+    return TrainOptions(preset=size.preset, max_minutes=minutes, max_steps=size.steps, threads=1, resume=resume)
 
 
 def _is_finished(run: Path) -> bool:

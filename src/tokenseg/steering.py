@@ -34,6 +34,7 @@ from tokenseg.windows import (
     pad_to_window,
     predict_logits,
     sum_windows,
+    unpad,
     window_corners,
 )
 
@@ -78,8 +79,7 @@ def predict_steered(model: Model, image: ImageArray) -> Steered:
         with torch.inference_mode():
             total = sum_windows(forward_of(model), padded, plan.window_vox, corners)
             _join(logits, total, fine_share(corners, size, plan.window_vox), _hull(corners, plan.window_vox))
-    inner = tuple(slice(first, first + length) for first, length in zip(start, image.shape[1:], strict=True))
-    return Steered(logits[(slice(None), *inner)], len(corners), len(full))
+    return Steered(unpad(logits, start, image.shape[1:]), len(corners), len(full))
 
 
 def predict_full(model: Model, image: ImageArray) -> Steered:
@@ -102,9 +102,7 @@ def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> Float[Tensor
     view = torch.from_numpy(coarse_image(image.numpy(), plan.coarse_factor))
     padded, start = pad_to_window(view, plan.window_vox)
     with torch.inference_mode():
-        logits = forward_of(model)(padded[None])[0]
-    inner = (slice(first, first + length) for first, length in zip(start, view.shape[1:], strict=True))
-    return logits[(slice(None), *inner)]
+        return unpad(forward_of(model)(padded[None])[0], start, view.shape[1:])
 
 
 def kept_voxels(

@@ -67,7 +67,7 @@ def predict_logits(forward: Forward, image: ImageArray, plan: Plan) -> Float[Ten
         else:
             total = sum_windows(forward, padded, plan.window_vox, corners)
             logits = total.weighted.div_(total.weight)
-    return logits[(slice(None), *(slice(first, first + length) for first, length in zip(start, size, strict=True)))]
+    return unpad(logits, start, size)
 
 
 def pad_to_window(
@@ -78,6 +78,11 @@ def pad_to_window(
     start = [length // 2 for length in missing]
     padding = [side for first, total in zip(start, missing, strict=True) for side in (total - first, first)]
     return nn.functional.pad(image, padding[::-1]), start
+
+
+def unpad(logits: Float[Tensor, "L Xp Yp Zp"], start: Sequence[int], size: Sequence[int]) -> Float[Tensor, "L X Y Z"]:
+    """Cut an image of `size` out of the window that `pad_to_window` put it in."""
+    return logits[(slice(None), *(slice(first, first + length) for first, length in zip(start, size, strict=True)))]
 
 
 def window_corners(size: tuple[int, int, int], plan: Plan) -> list[tuple[int, int, int]] | None:

@@ -225,11 +225,11 @@ def _quick_cases(cases: Sequence[PreparedCase], plan: Plan) -> Sequence[Prepared
     Eight large scans may take longer than the steps between two validations. Where they are fewer, cases without
     foreground are left out if there are others: one of them alone would look like a collapse.
     """
-    wanted = QUICK_CASES
-    if sum(num_windows(case.image, plan) for case in cases) * wanted > QUICK_WINDOWS * len(cases):
+    windows = sum(num_windows(case.image, plan) for case in cases)
+    wanted = min(QUICK_CASES, max(1, QUICK_WINDOWS * len(cases) // max(1, windows)))
+    if wanted < QUICK_CASES:
         cases = [case for case in cases if len(case.points)] or cases
-        wanted = max(1, QUICK_WINDOWS * len(cases) // sum(num_windows(case.image, plan) for case in cases))
-    count = min(wanted, QUICK_CASES, len(cases))
+    count = min(wanted, len(cases))
     return [cases[number * len(cases) // count] for number in range(count)]
 
 
