@@ -26,6 +26,7 @@ import numpy as np
 
 from tokenseg.builtin import MODELS_FOLDER
 from tokenseg.checkpoint import WEIGHTS_NAME, Model, load_model, save_model
+from tokenseg.config import Coding
 from tokenseg.errors import ModelError, TokenSegError
 from tokenseg.files import write_atomically
 from tokenseg.metrics import bootstrap_interval
@@ -78,10 +79,13 @@ def pack(run_all: Path, runs: Sequence[Path], name: str, target: Path = MODELS_F
     folds = [read_fold(run) for run in runs]
     check_folds(run_all, model, folds)
     about = tomllib.loads((SOURCES / f"{name}.toml").read_text(encoding="utf-8"))
-    training = model.facts.training
+    training, plan = model.facts.training, model.facts.plan
+    coding = Coding.model_validate(about["coding"])
+    labels = tuple(label.model_copy(update={"coding": coding}) for label in plan.labels)
     facts = model.facts.model_copy(
         update={
             "name": name,
+            "plan": plan.model_copy(update={"labels": labels}),
             "inputs": model.facts.inputs.model_copy(update={"content": about["content"]}),
             "training": {
                 "tokenseg_version": training["tokenseg_version"],
@@ -93,7 +97,7 @@ def pack(run_all: Path, runs: Sequence[Path], name: str, target: Path = MODELS_F
                 source=about["source"].strip(),
                 licence=about["licence"].strip(),
                 limits=tuple(about["limits"]),
-                figures=cross_validation(folds, [label.name for label in model.facts.plan.labels]),
+                figures=cross_validation(folds, [label.name for label in plan.labels]),
             ),
         }
     )

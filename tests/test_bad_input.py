@@ -135,8 +135,11 @@ def test_truncated_and_empty_files(segment_refused, tmp_path, name, length):
         ("scan.nii.gz", gzip.compress(b"I am not an image" * 40), "is not a NIfTI image, whatever its name says"),
         ("scan.nii", b"\x89PNG\r\n\x1a\n" + bytes(1000), "is not a NIfTI image, whatever its name says"),
         ("scan.nii", bytes(128) + b"DICM" + bytes(1000), "is not a NIfTI image, whatever its name says"),
-        ("scan.png", b"\x89PNG\r\n\x1a\n", "is not named as an image: its name must end in .nii.gz or .nii"),
-        ("scan.dcm", bytes(128) + b"DICM", "is not named as an image: its name must end in .nii.gz or .nii"),
+        ("scan.png", b"\x89PNG\r\n\x1a\n", "is not named as an image: its name must end in .nii.gz, .nii, .nrrd, "),
+        ("scan.dcm", bytes(128) + b"DICM", "is a damaged DICOM file"),
+        ("scan.dcm", bytes(400), "is not named as an image: its name must end in"),
+        ("scan.nrrd", bytes(400), "is not a .nrrd image, whatever its name says"),
+        ("scan.zip", bytes(400), "is not named as an image: its name must end in"),
     ],
 )
 def test_non_medical_files(segment_refused, tmp_path, name, content, said):
@@ -172,7 +175,7 @@ def test_other_dimensions(segment_refused, tmp_path, shape, said):
 def test_an_empty_folder(refused, model, tmp_path):
     (tmp_path / "in").mkdir()
     error = refused("segment", tmp_path / "in", tmp_path / "out", "--model", model)
-    assert error.startswith(f"input folder {tmp_path / 'in'} has no images (.nii.gz, .nii) directly in it")
+    assert error.startswith(f"input {tmp_path / 'in'} has no images (.nii.gz, .nii, .nrrd, .mha, .mhd) directly in it")
 
 
 # ---- channels

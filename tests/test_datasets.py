@@ -273,7 +273,10 @@ def test_nnunet_splits_that_do_not_fit(tmp_path: Path, splits: object, message: 
         ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, r"key regions_class_order, is \[\] for the regions a, b"),
         ({"labels": {"background": 0, "a": [0, 1]}, "regions_class_order": [1]}, "key labels: a; it must map"),
         ({"labels": {"background": 0, "a": [1]}, "regions_class_order": [0]}, r"regions_class_order, is \[0\]"),
-        ({"file_ending": ".mha"}, "key file_ending, is '.mha'; supported now are .nii.gz, .nii: convert"),
+        (
+            {"file_ending": ".png"},
+            "key file_ending, is '.png'; supported now are .nii.gz, .nii, .nrrd, .mha, .mhd: convert",
+        ),
         ({"file_ending": None}, "file_ending: Field required"),
         ({"channel_names": {"0": "T1", "1": "T2"}}, r"case case_000 .*\(T1, T2\): T2 \(_0001\) is missing"),
     ],

@@ -14,9 +14,16 @@ from pathlib import Path
 import pytest
 
 import tokenseg.demo
+from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
+from plans import make_plan
 from test_demo import TINY
+from test_segment_dicom import DCE, write_dce
 from tokenseg.cli import COMMANDS, main
+from tokenseg.config import Plan, read_overrides
+from tokenseg.data.dicom_series import PHASE_TAGS
+from tokenseg.data.volume import read_volume, write_volume
+from toy_models import save_untrained
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -93,6 +100,40 @@ def test_the_built_in_model_works_as_described(
     assert re.search(r"^scan: Anterior .* ml, Posterior .* ml$", capsys.readouterr().out, flags=re.MULTILINE)
     script = next(block for block in blocks("hippocampus.md", "sh") if block.startswith("scripts/"))
     assert (ROOT / script.split()[0]).is_file()
+
+
+def test_formats_and_dicom_work_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_untrained(Path("run"))
+    write_series(Path("STUDY"), tags={"SeriesDescription": "T1 axial"})
+    shutil.make_archive("STUDY", "zip", "STUDY")
+    for command in commands("dicom.md"):
+        shutil.rmtree("masks", ignore_errors=True)
+        run(command, {})
+        assert Path("MASK.nii.gz" if "MASK.nii.gz" in command else "masks/STUDY_seg.dcm").is_file(), command
+    volume = read_volume(write_nifti(Path("scan.nii"), phantom(0)[0][0]), ("c0",))
+    write_volume(Path("SCAN.nrrd"), volume)
+    for command in commands("formats.md"):
+        run(command, {})
+    assert Path("MASK.nrrd").is_file()
+    (labels,) = blocks("dicom.md", "toml")
+    Path("labels.toml").write_text(labels)
+    assert read_overrides(Path("labels.toml"))["plan"]["labels"][0]["coding"]["type"]["meaning"] == "Neoplasm"
+    plan = make_plan().model_dump() | read_overrides(Path("labels.toml"))["plan"]
+    assert Plan.model_validate(plan).labels[0].coding is not None
+
+
+def test_a_dce_exam_works_as_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_untrained(Path("run"), DCE)
+    write_dce(Path("EXAM"))
+    (command,) = commands("dce.md")
+    run(command, {})
+    assert "EXAM: phase1: series 8 (dyn 1), 8 slices, 60 s after the first" in capsys.readouterr().err
+    listed = (ROOT / "docs" / "dce.md").read_text(encoding="utf-8")
+    assert all(tag in listed for tag in PHASE_TAGS)
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

@@ -112,7 +112,9 @@ def test_repeated_case(tmp_path: Path):
 def test_paths_that_hold_nothing(tmp_path: Path):
     with pytest.raises(FileError, match=r"input .*nowhere does not exist; check the path"):
         list_inputs(tmp_path / "nowhere", MRI)
-    with pytest.raises(FileError, match=r"has no images \(.nii.gz, .nii\) directly in it, and is no dataset folder"):
+    with pytest.raises(
+        FileError, match=r"has no images \(.nii.gz, .nii, .*\) directly in it, no DICOM images below it, and is no"
+    ):
         list_inputs(tmp_path, MRI)
     (tmp_path / "scan.png").write_bytes(b"")
     with pytest.raises(FileError, match=r"scan.png is not named as an image"):

@@ -361,10 +361,12 @@ def test_dataset_layouts(toy, tmp_path):
         assert masks == [f"case_00{index}{ending}" for index in range(3)] + ["summary.csv"]
 
 
-@pytest.mark.parametrize("output", ["mask.mha", "mask", "mask.nii.gz.txt", "."])
+@pytest.mark.parametrize("output", ["mask.dcm", "mask", "mask.nii.gz.txt", "."])
 def test_a_file_needs_a_file_to_go_to(toy, tmp_path, output):
     scan = write_scans(tmp_path, 1) / "scan0.nii.gz"
-    with pytest.raises(FileError, match=r"output .* must be a file ending in .nii.gz or .nii, since the input is one"):
+    with pytest.raises(
+        FileError, match=r"output .* must be a file ending in .nii.gz, .nii, .nrrd, .*since the input is one"
+    ):
         segment_files([toy], scan, tmp_path / output)
 
 

@@ -15,12 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenseg.data.formats import image_ending, image_stem
 from tokenseg.data.volume import (
     Mask,
     Volume,
     check_same_grid,
-    image_ending,
-    image_stem,
     read_channels,
     read_grid,
     read_mask,
@@ -71,9 +70,9 @@ def test_ending_and_stem(name, ending, stem):
     assert image_stem(Path("folder.nii") / name) == stem
 
 
-@pytest.mark.parametrize("name", ["a.mha", "a.gz", "a.nii.zip", "nii", ".nii.gz"])
+@pytest.mark.parametrize("name", ["a.png", "a.gz", "a.nii.zip", "nii", ".nii.gz"])
 def test_other_endings_are_refused(name):
-    with pytest.raises(FileError, match=r"must end in \.nii\.gz or \.nii"):
+    with pytest.raises(FileError, match=r"must end in \.nii\.gz, \.nii, \.nrrd, \.mha or \.mhd"):
         image_ending(Path(name))
 
 

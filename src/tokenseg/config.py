@@ -40,6 +40,28 @@ class Settings(BaseModel):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
+class Code(Settings):
+    """One concept of a coding scheme, as DICOM names things."""
+
+    value: str
+    """Code, such as 108369006."""
+    meaning: str
+    """In words, such as Neoplasm."""
+    scheme: str = "SCT"
+    """Coding scheme; SCT is SNOMED CT."""
+
+
+class Coding(Settings):
+    """What a label is, for DICOM segmentations."""
+
+    category: Code
+    """Broad kind: an anatomical structure, a morphologic abnormality, tissue..."""
+    type: Code
+    """The thing itself."""
+    region: Code | None = None
+    """Part of the body that it is in."""
+
+
 class Label(Settings):
     """One thing to segment, in the user's own label values."""
 
@@ -49,6 +71,8 @@ class Label(Settings):
     """Values in the reference masks that belong to it: one for an exclusive label, several for a region."""
     output_value: Annotated[int, Field(ge=1)]
     """Value written into masks. Regions are painted in the order of `Plan.labels`, later over earlier."""
+    coding: Coding | None = None
+    """What it is, for DICOM segmentations; None is written as tissue."""
 
 
 class ChannelNormalisation(Settings):
@@ -214,6 +238,20 @@ class RunConfig(Settings):
     plan: Plan
     network: NetworkConfig
     train: TrainConfig = TrainConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """How a segmentation is asked for on the command line."""
+
+    full: bool = False
+    """Run all windows of large scans, also where the model was trained to choose among them."""
+    series: str = ""
+    """DICOM: the series to segment, by its UID or a part of its description; of a DCE exam, a part that all phases
+    share. Needed only where several could be meant."""
+    empty_seg: bool = False
+    """DICOM: of an exam without findings write a segmentation that is all background, instead of a JSON file that
+    says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

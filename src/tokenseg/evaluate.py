@@ -20,7 +20,8 @@ import numpy as np
 from tokenseg.config import Label
 from tokenseg.data.datasets import open_dataset
 from tokenseg.data.folders import image_files
-from tokenseg.data.volume import check_same_grid, image_stem, read_mask
+from tokenseg.data.formats import image_stem
+from tokenseg.data.volume import check_same_grid, read_mask
 from tokenseg.errors import DataError, FileError
 from tokenseg.files import write_atomically
 from tokenseg.metrics import (

@@ -11,6 +11,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenseg.checkpoint import Model
-from tokenseg.config import Label, Plan
+from tokenseg.config import Label, Plan, SegmentOptions
 from tokenseg.data.cases import Case, first_few
-from tokenseg.data.inputs import list_inputs, read_input
+from tokenseg.data.dicom_seg import NO_FINDINGS_ENDING, SEG_ENDING, Segment, write_no_findings, write_seg
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, mask_ending
+from tokenseg.data.inputs import describe_input, list_inputs, read_input
 from tokenseg.data.preprocess import prepare_image, restore_logits
 from tokenseg.data.suitability import check_input
-from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_ending, image_stem, write_mask
+from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import ConfigError, FileError, ModelError, TokenSegError
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.progress import Progress, Silent
@@ -54,6 +57,8 @@ class CaseResult:
     """Windows that the full sliding window takes, over all models."""
     warnings: tuple[str, ...] = ()
     """In what the scan is far from all that the (first) model was trained on; it is segmented all the same."""
+    notes: tuple[str, ...] = ()
+    """What of the input was used, where that was chosen: the phases of a DCE exam in DICOM."""
 
 
 def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool = False) -> MaskArray:
@@ -109,7 +114,7 @@ def segment_files(
     output_path: Path,
     progress: Progress | None = None,
     *,
-    full: bool = False,
+    options: SegmentOptions | None = None,
 ) -> list[CaseResult]:
     """Segment a file, a folder of cases, or a dataset; write masks and, for a folder, `summary.csv`.
 
@@ -118,25 +123,35 @@ def segment_files(
 
     Args:
         models: One or several models of the same plan.
-        input_path: An image file, a folder of images, or a dataset folder.
-        output_path: A mask file for a single input file; else a folder, made if absent.
+        input_path: An image file, a folder of images, a dataset folder, or DICOM (a folder, a zip archive or a file).
+        output_path: A mask file for a single input file; else a folder, made if absent. For a single DICOM study
+            either.
         progress: Told about each case.
-        full: Run all windows of large scans, also where the models were trained to choose among them.
+        options: What else was asked for.
 
     Raises:
         TokenSegError: Input or output cannot be used at all.
     """
     check_ensemble(models)
-    cases = list_inputs(input_path, models[0].facts.plan)
-    if input_path.is_file():
-        _check_output_file(output_path, input_path)
-        return [_segment_case(models, cases[0], output_path, full=full)]
+    options = options or SegmentOptions()
+    cases = list_inputs(input_path, models[0].facts.plan, options.series)
+    is_dicom = cases[0].exam is not None
+    endings = (*IMAGE_ENDINGS, ".dcm") if is_dicom else IMAGE_ENDINGS
+    named_as_file = output_path.name.endswith(endings) and not output_path.is_dir()
+    if (len(cases) == 1 and named_as_file) if is_dicom else input_path.is_file():
+        _check_output_file(output_path, input_path, endings)
+        return [_segment_case(models, cases[0], output_path, options)]
     _check_output_folder(output_path, cases)
-    return segment_cases(models, cases, output_path, progress or Silent(), full=full)
+    return segment_cases(models, cases, output_path, progress or Silent(), options=options)
 
 
 def segment_cases(
-    models: Sequence[Model], cases: Sequence[Case], folder: Path, progress: Progress, *, full: bool = False
+    models: Sequence[Model],
+    cases: Sequence[Case],
+    folder: Path,
+    progress: Progress,
+    *,
+    options: SegmentOptions | None = None,
 ) -> list[CaseResult]:
     """Segment cases into `folder`: `CASE` with the input's ending, and `summary.csv` kept up to date."""
     # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
@@ -146,10 +161,10 @@ def segment_cases(
     progress.stage("segmenting", len(cases))
     for number, case in enumerate(cases):
         target = folder / _mask_name(case)
-        results[number] = _segment_case(models, case, target, full=full)
-        if results[number].mask is None:
-            # A mask of an earlier call would pass for a result of this one.
-            target.unlink(missing_ok=True)
+        results[number] = _segment_case(models, case, target, options or SegmentOptions())
+        # A mask of an earlier call would pass for a result of this one.
+        for stale in {target, _no_findings_file(target)} - {results[number].mask}:
+            stale.unlink(missing_ok=True)
         write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
         progress.advance(case.case_id)
     return results
@@ -172,13 +187,14 @@ def check_ensemble(models: Sequence[Model]) -> None:
             )
 
 
-def _segment_case(models: Sequence[Model], case: Case, target: Path, *, full: bool) -> CaseResult:
+def _segment_case(models: Sequence[Model], case: Case, target: Path, options: SegmentOptions) -> CaseResult:
     plan = models[0].facts.plan
     try:
+        notes = describe_input(case, plan)
         volume = read_input(case, plan)
-        segmented = _segment(models, volume, full=full)
+        segmented = _segment(models, volume, full=options.full)
         mask = segmented.mask
-        write_mask(target, mask, volume)
+        written = _write(target, mask, volume, models[0], options)
     except TokenSegError as error:
         return CaseResult(case.case_id, None, {}, str(error))
     except (MemoryError, RuntimeError) as error:
@@ -188,7 +204,28 @@ def _segment_case(models: Sequence[Model], case: Case, target: Path, *, full: bo
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes_ml = {label.name: np.isin(mask, _painted_values(label, plan)).sum() * voxel_ml for label in plan.labels}
     warnings = check_input(volume, models[0].facts.inputs)
-    return CaseResult(case.case_id, target, volumes_ml, "", segmented.windows_run, segmented.windows_full, warnings)
+    return CaseResult(
+        case.case_id, written, volumes_ml, "", segmented.windows_run, segmented.windows_full, warnings, notes
+    )
+
+
+def _write(target: Path, mask: MaskArray, volume: Volume, model: Model, options: SegmentOptions) -> Path:
+    """Write a mask in the form that its name says; where it went."""
+    if not target.name.endswith(".dcm"):
+        write_mask(target, mask, volume)
+        return target
+    plan, name = model.facts.plan, model.facts.name
+    segments = [Segment(label, np.isin(mask, _painted_values(label, plan))) for label in plan.labels]
+    found = [segment for segment in segments if segment.voxels.any()]
+    if found or options.empty_seg:
+        write_seg(target, found or segments, volume, model_name=name, version=version("tokenseg"))
+        return target
+    write_no_findings(_no_findings_file(target), plan.labels, model_name=name, version=version("tokenseg"))
+    return _no_findings_file(target)
+
+
+def _no_findings_file(target: Path) -> Path:
+    return target.with_name(target.name.removesuffix(".dcm").removesuffix("_seg") + NO_FINDINGS_ENDING)
 
 
 def _is_memory_error(error: Exception) -> bool:
@@ -202,8 +239,10 @@ def _painted_values(label: Label, plan: Plan) -> list[int]:
 
 
 def _mask_name(case: Case) -> str:
+    if case.exam is not None:
+        return case.case_id + SEG_ENDING
     # A case may have no image at all (an empty patient folder); it fails, but has a name.
-    return case.case_id + (image_ending(case.images[0]) if case.images else IMAGE_ENDINGS[0])
+    return case.case_id + (mask_ending(image_ending(case.images[0])) if case.images else IMAGE_ENDINGS[0])
 
 
 def _summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
@@ -221,11 +260,9 @@ def _summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
     return text.getvalue().encode()
 
 
-def _check_output_file(output: Path, image: Path) -> None:
-    if output.is_dir() or not output.name.endswith(IMAGE_ENDINGS):
-        raise FileError(
-            f"output {output} must be a file ending in {' or '.join(IMAGE_ENDINGS)}, since the input is one file"
-        )
+def _check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> None:
+    if output.is_dir() or not output.name.endswith(endings):
+        raise FileError(f"output {output} must be a file ending in {', '.join(endings)}, since the input is one file")
     if output.exists() and output.samefile(image):
         raise FileError(f"output {output} is the input image itself; name another file")
     check_writable(output.parent, output)
@@ -235,10 +272,11 @@ def _check_output_folder(output: Path, cases: Sequence[Case]) -> None:
     if output.is_file() or output.name.endswith(IMAGE_ENDINGS):
         raise FileError(f"output {output} must be a folder, since the input is a folder")
     # Whoever names the folder of the images, or of reference masks, would lose them.
-    existing = [path for path in (output / _mask_name(case) for case in cases) if path.exists()]
+    targets = [(case.case_id, output / _mask_name(case)) for case in cases]
+    targets += [(case_id, _no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
     images = {path.resolve() for case in cases for path in case.images}
     ours = _cases_in_summary(output)
-    foreign = [path for path in existing if path.resolve() in images or image_stem(path) not in ours]
+    foreign = [path for case_id, path in targets if path.exists() and (path.resolve() in images or case_id not in ours)]
     if foreign:
         raise FileError(
             f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "

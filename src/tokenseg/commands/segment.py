@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 
 from tokenseg import NOTICE
 from tokenseg.commands.checks import check_outputs
-from tokenseg.config import DeviceName, EngineName
+from tokenseg.config import DeviceName, EngineName, SegmentOptions
 from tokenseg.errors import ConfigError, TokenSegError
 from tokenseg.terminal import Terminal, say
 
@@ -25,7 +26,7 @@ class Segment:
     """Segment a file, a folder of cases, or all images of a dataset folder."""
 
     input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
-    """Image file, folder of images, or dataset folder."""
+    """Image file, folder of images, dataset folder, or DICOM: a study's folder, a zip archive, an enhanced file."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
     """Mask file if INPUT is a file, else a folder."""
     model: Path
@@ -38,8 +39,7 @@ class Segment:
     """What computes; auto: OpenVINO on a CPU where the extra `openvino` is installed, else torch."""
     threads: int | None = None
     """CPU threads; all cores if not given."""
-    full: bool = False
-    """Run all windows of large scans, also where the model was trained to choose among them."""
+    options: Annotated[SegmentOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SegmentOptions)
     report: Path | None = None
     """Write volumes, pictures and tokens as one HTML page here."""
 
@@ -63,9 +63,9 @@ class Segment:
         if chosen.problem:
             say(f"note: {chosen.problem}; torch computes")
         with Terminal() as terminal:
-            results = segment_files(chosen.models, self.input, self.output, terminal, full=self.full)
+            results = segment_files(chosen.models, self.input, self.output, terminal, options=self.options)
         failed = [result for result in results if result.mask is None]
-        single = self.input.is_file()
+        single = self.input.is_file() or self.output.is_file()
         if single and failed:
             raise TokenSegError(failed[0].error)
         say(f"engine: {chosen.engine}, {chosen.precision}, {device.type}")
@@ -86,7 +86,7 @@ class Segment:
         from tokenseg.report.reports import segmentation_report, tokens_of_largest
 
         plan = model.facts.plan
-        cases = list_inputs(self.input, plan)
+        cases = list_inputs(self.input, plan, self.options.series)
         tokens = tokens_of_largest(model, results, cases)
         segmentation_report(self.report, results, cases, plan, date.today().isoformat(), tokens=tokens)
         say(f"report: {self.report}")
@@ -95,5 +95,7 @@ class Segment:
 def _print_case(result: CaseResult) -> None:
     volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in result.volumes_ml.items())
     print(f"{result.case_id}: {volumes}" if result.mask else f"{result.case_id}: FAILED")
+    for note in result.notes:
+        say(f"{result.case_id}: {note}")
     for warning in result.warnings:
         say(f"warning: {result.case_id}: {warning}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from tokenseg.config import Label
+from tokenseg.data.dicom_exam import Exam
 from tokenseg.errors import DataError
 
 LayoutName: TypeAlias = Literal["msd", "nnunet", "mamamia"]
@@ -33,6 +34,8 @@ class Case:
     label: Path | None = None
     channels: tuple[str, ...] = ()
     """Channels of `images` in order; empty where they are the dataset's source channels."""
+    exam: Exam | None = None
+    """The DICOM study that the case is, which then has no `images`."""
 
 
 @dataclass(frozen=True, slots=True)

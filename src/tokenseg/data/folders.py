@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenseg.data.volume import IMAGE_ENDINGS, image_ending, image_stem
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem
 from tokenseg.errors import DataError
 
 _CHANNEL_STEM = re.compile(r"(?P<case>.+)_(?P<number>[0-9]{4})")

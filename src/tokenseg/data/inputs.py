@@ -1,4 +1,4 @@
-"""What `segment` is pointed at: a file, a folder of cases, or a dataset; and reading each case with named channels."""
+"""What `segment` is pointed at: files, folders, datasets or DICOM; reading each case with named channels, and masks."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from tokenseg.config import Plan
 from tokenseg.data.cases import Case, check_case_ids
 from tokenseg.data.datasets import list_dataset_images, read_images
+from tokenseg.data.dicom_exam import list_exams, phase_table, read_exam
+from tokenseg.data.dicom_files import may_be_dicom
+from tokenseg.data.dicom_seg import NO_FINDINGS_ENDING, read_seg
 from tokenseg.data.folders import group_channels, image_files, is_unnamed, name_channels
-from tokenseg.data.mamamia import phase_name
-from tokenseg.data.volume import IMAGE_ENDINGS, Volume, image_stem, read_grid
-from tokenseg.errors import DataError, FileError
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem
+from tokenseg.data.phases import phase_name
+from tokenseg.data.volume import Mask, Volume, read_grid, read_mask
+from tokenseg.errors import ConfigError, DataError, FileError
 
 
-def list_inputs(path: Path, plan: Plan) -> tuple[Case, ...]:
+def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
     """List the cases that an input path stands for; no voxel is read.
 
     A file is one case. A folder is a dataset in a known layout (all its images, training and test), or flat: files
     named `CASE_0000.nii.gz`, `CASE_0001.nii.gz`... are the channels of a case where the number is one of the model's;
-    every other file is a case of its own (4D where the model has several channels).
+    every other file is a case of its own (4D where the model has several channels). A folder without images, a zip
+    archive, and a DICOM file hold DICOM studies, each a case.
 
     Args:
         path: The input.
         plan: The model's plan, for the number and names of its channels.
+        series: Which DICOM series is wanted, see `SegmentOptions.series`.
 
     Returns:
         Cases without labels, sorted by id. A case with missing channels is listed; `read_input` refuses it.
@@ -32,23 +40,56 @@ def list_inputs(path: Path, plan: Plan) -> tuple[Case, ...]:
     Raises:
         FileError: The path is not there, is not named as an image, or is a folder without images.
         DataError: A dataset layout is recognised but its `dataset.json` cannot be used, or two cases share an id.
+        ConfigError: A series is wanted of what is not DICOM, or the libraries for DICOM are not installed.
     """
     if not path.exists():
         raise FileError(f"input {path} does not exist; check the path")
-    if path.is_file():
-        return _flat_cases([path], plan)
-    listed = list_dataset_images(path)
-    if listed is not None:
-        cases = tuple(replace(case, channels=_model_names(case.channels, plan)) for case in listed)
-    else:
-        cases = _flat_cases(image_files(path), plan)
+    cases = _image_cases(path, plan)
+    if cases and series:
+        raise ConfigError(f"--series {series}: {path} is not DICOM; leave it out")
+    if not cases and may_be_dicom(path):
+        cases = tuple(Case(exam.name, exam.name, (), exam=exam) for exam in list_exams(path, series))
+    if not cases and path.is_file():
+        image_ending(path)  # says which names are images
     if not cases:
         raise FileError(
-            f"input folder {path} has no images ({', '.join(IMAGE_ENDINGS)}) directly in it, and is no dataset folder; "
-            "give a file, a folder of images, or a dataset"
+            f"input {path} has no images ({', '.join(IMAGE_ENDINGS)}) directly in it, no DICOM images below it, and is "
+            "no dataset folder; give a file, a folder of images, a DICOM study, or a dataset"
         )
     check_case_ids([case.case_id for case in cases], path)
     return cases
+
+
+def _image_cases(path: Path, plan: Plan) -> tuple[Case, ...]:
+    if path.is_file():
+        return _flat_cases([path], plan) if path.name.endswith(IMAGE_ENDINGS) else ()
+    listed = list_dataset_images(path)
+    if listed is None:
+        return _flat_cases(image_files(path), plan)
+    return tuple(replace(case, channels=_model_names(case.channels, plan)) for case in listed)
+
+
+def describe_input(case: Case, plan: Plan) -> tuple[str, ...]:
+    """What was found and is used of a DCE exam in DICOM, a line each; else nothing.
+
+    Raises:
+        TokenSegError: The exam cannot be used, see `read_input`.
+    """
+    return () if case.exam is None else phase_table(case.exam, plan)
+
+
+def read_written_mask(case: Case, path: Path, plan: Plan) -> Mask:
+    """Read back the mask that was written of a case, in whatever form it was: a file, a DICOM SEG, or no findings.
+
+    Raises:
+        TokenSegError: It, or the scan that its grid comes from, cannot be read any more.
+    """
+    if path.name.endswith(IMAGE_ENDINGS):
+        return read_mask(path)
+    volume = read_input(case, plan)
+    if path.name.endswith(NO_FINDINGS_ENDING):
+        return Mask(np.zeros(volume.array.shape[1:], np.uint8), volume.affine)
+    return read_seg(path, plan.labels, volume)
 
 
 def read_input(case: Case, plan: Plan) -> Volume:
@@ -61,6 +102,8 @@ def read_input(case: Case, plan: Plan) -> Volume:
         DataError: Channels are missing or too many, or voxels cannot be used.
         GeometryError: The channels are not on one grid.
     """
+    if case.exam is not None:
+        return read_exam(case.exam, plan)
     # A listed case knows its channels; a loose file's are in its header. A patient folder may be empty.
     channels = _file_channels(case.images[0], plan) if case.images and not case.channels else case.channels
     missing = [name for name in plan.source_channels if name not in channels]

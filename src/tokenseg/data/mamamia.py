@@ -10,27 +10,28 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from tokenseg.config import Label
+from tokenseg.config import Code, Coding, Label
 from tokenseg.data.cases import Case, Dataset, check_case_ids, check_cases, first_few
 from tokenseg.data.folders import group_channels, image_files
-from tokenseg.data.volume import image_ending, image_stem
+from tokenseg.data.formats import image_ending, image_stem
+from tokenseg.data.phases import phase_name
 from tokenseg.errors import DataError
 
 SOURCE_CHANNELS = ("phase0", "phase1")
 CHANNELS = ("phase1", "phase1 - phase0")
 LESIONS_NAME = "lesions.json"
 """Beside the exams of a synthetic cohort, whose figures must not pass for those of patients."""
+_BREAST_TUMOUR = Coding(
+    category=Code(value="49755003", meaning="Morphologically Abnormal Structure"),
+    type=Code(value="108369006", meaning="Neoplasm"),
+    region=Code(value="76752008", meaning="Breast"),
+)
 _SPLITS_NAME = "train_test_splits.csv"
 
 
 def is_mamamia(root: Path) -> bool:
     """Whether a folder has MAMA-MIA's `images/` of patient folders and `segmentations/expert/`."""
     return (root / "images").is_dir() and (root / "segmentations" / "expert").is_dir()
-
-
-def phase_name(number: int) -> str:
-    """Name the channel of a phase: 0 gives `phase0`, the one before contrast."""
-    return f"phase{number}"
 
 
 def read_mamamia(root: Path) -> Dataset:
@@ -76,7 +77,7 @@ def read_mamamia(root: Path) -> Dataset:
         channels=CHANNELS,
         joint_zscore=True,
         ct_channels=(False, False),
-        labels=(Label(name="tumour", values=(1,), output_value=1),),
+        labels=(Label(name="tumour", values=(1,), output_value=1, coding=_BREAST_TUMOUR),),
         regions=False,
         file_ending=image_ending(cases[0].images[0]),
     )

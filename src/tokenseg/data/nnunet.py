@@ -24,8 +24,8 @@ from tokenseg.data.cases import (
     is_ct,
 )
 from tokenseg.data.folders import group_channels, image_files, name_channels
+from tokenseg.data.formats import IMAGE_ENDINGS, image_stem
 from tokenseg.data.manifest import Manifest, parse_manifest, read_json
-from tokenseg.data.volume import IMAGE_ENDINGS, image_stem
 from tokenseg.errors import DataError
 
 

@@ -10,11 +10,9 @@ import numpy as np
 from jaxtyping import Shaped
 from nibabel.nifti1 import Nifti1Header
 
-from tokenseg.data.nifti import header_of_affine, read_header, read_values, write_values
-from tokenseg.errors import DataError, FileError, GeometryError
+from tokenseg.data.formats import Header, image_ending, image_stem, read_header, read_values, write_values
+from tokenseg.errors import DataError, GeometryError
 from tokenseg.shapes import Affine, ImageArray, MaskArray, times
-
-IMAGE_ENDINGS = (".nii.gz", ".nii")
 
 POSITION_TOLERANCE_MM = 1e-3
 SPACING_TOLERANCE_MM = 1e-3
@@ -40,7 +38,7 @@ class Volume:
     array: ImageArray
     affine: Affine
     channels: tuple[str, ...]
-    header: Nifti1Header | None = None
+    header: Header | None = None
 
     def __post_init__(self) -> None:
         _check_image_array(self.array)
@@ -100,27 +98,6 @@ class Grid:
         return _spacing_mm(self.affine)
 
 
-def image_ending(path: Path) -> str:
-    """Give the part of a file name that names its format, such as `.nii.gz`.
-
-    Raises:
-        FileError: It is none of `IMAGE_ENDINGS`.
-    """
-    for ending in IMAGE_ENDINGS:
-        if path.name.endswith(ending) and path.name != ending:
-            return ending
-    raise FileError(f"{path} is not named as an image: its name must end in {' or '.join(IMAGE_ENDINGS)}")
-
-
-def image_stem(path: Path) -> str:
-    """Give a file name without folder and image ending.
-
-    Raises:
-        FileError: The ending is none of `IMAGE_ENDINGS`.
-    """
-    return path.name.removesuffix(image_ending(path))
-
-
 def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
     """Read one file: 3D for one channel, or 4D with the channels on the last axis in the order of `channels`.
 
@@ -132,8 +109,7 @@ def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
         GeometryError: Its spacing, affine or unit is not usable.
     """
     path = Path(path)
-    image_ending(path)
-    header, values = read_values(path)
+    stored, values = read_values(path)
     array = values[..., np.newaxis] if values.ndim == 3 else values
     if array.shape[3] != len(channels):
         raise DataError(
@@ -143,8 +119,8 @@ def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
     with np.errstate(over="ignore", invalid="ignore"):
         intensities = np.moveaxis(array, 3, 0).astype(np.float32)
     _check_finite(intensities, str(path))
-    _check_affine(header.affine, str(path))
-    return Volume(intensities, header.affine, channels, header.raw)
+    _check_affine(stored.affine, str(path))
+    return Volume(intensities, stored.affine, channels, stored.header)
 
 
 def read_channels(paths: tuple[Path, ...], channels: tuple[str, ...]) -> Volume:
@@ -175,9 +151,8 @@ def read_mask(path: Path) -> Mask:
         DataError: It is not 3D, or its values are not whole numbers of at most 32 bits.
         GeometryError: Its spacing, affine or unit is not usable.
     """
-    image_ending(path)
-    header, values = read_values(path)
-    _check_affine(header.affine, str(path))
+    stored, values = read_values(path)
+    _check_affine(stored.affine, str(path))
     if values.ndim != 3:
         raise DataError(f"{path} is 4D ({times(values.shape)}); a mask must be 3D with one label value a voxel")
     if not np.issubdtype(values.dtype, np.integer):
@@ -188,7 +163,7 @@ def read_mask(path: Path) -> Mask:
                 f"{path}: {fractional.sum()} voxel(s) hold no whole number (first: {values[fractional][0]:g}); "
                 f"labels must be integers. Where rounding is right, this makes a copy: {_rounding_command(path)}"
             )
-    return Mask(_smallest_integers(values, str(path)), header.affine)
+    return Mask(_smallest_integers(values, str(path)), stored.affine)
 
 
 def _rounding_command(path: Path) -> str:
@@ -207,7 +182,6 @@ def read_grid(path: Path) -> Grid:
         DataError: It is neither 3D nor 4D.
         GeometryError: Its spacing, affine or unit is not usable.
     """
-    image_ending(path)
     shape, affine, _ = read_header(path)
     _check_affine(affine, str(path))
     return Grid((shape[0], shape[1], shape[2]), shape[3] if len(shape) == 4 else 1, affine)
@@ -264,8 +238,7 @@ def write_mask(path: Path | str, mask: MaskArray, like: Volume) -> None:
             f"mask for {path} is {times(mask.shape)} voxels, its scan {times(like.array.shape[1:])}; "
             "bring it back to the grid of the scan first"
         )
-    header = like.header if like.header is not None else header_of_affine(like.affine, like.spacing_mm)
-    write_values(path, _smallest_integers(mask, str(path)), header)
+    write_values(path, _smallest_integers(mask, str(path)), like.affine, like.spacing_mm, like.header)
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:
@@ -288,8 +261,7 @@ def write_volume(path: Path | str, volume: Volume) -> None:
             f"scan for {path} has intensities from {low:g} to {high:g}; int16 holds {limits.min} to {limits.max}: "
             "scale them first"
         )
-    header = volume.header if volume.header is not None else header_of_affine(volume.affine, volume.spacing_mm)
-    write_values(path, rounded.astype(np.int16), header)
+    write_values(path, rounded.astype(np.int16), volume.affine, volume.spacing_mm, volume.header)
 
 
 def _check_affine(affine: Affine, name: str) -> None:
@@ -300,10 +272,13 @@ def _check_affine(affine: Affine, name: str) -> None:
         raise GeometryError(f"{name}: affine {affine.tolist()} cannot be inverted; set qform or sform of its header")
 
 
-def _check_header_fits(header: Nifti1Header, shape: tuple[int, ...], affine: Affine) -> None:
-    same_shape = tuple(header.get_data_shape()[:3]) == shape  # type: ignore[no-untyped-call]
-    same_affine = np.array_equal(header.get_best_affine(), affine)  # type: ignore[no-untyped-call]
-    if not (same_shape and same_affine):
+def _check_header_fits(header: Header, shape: tuple[int, ...], affine: Affine) -> None:
+    if isinstance(header, Nifti1Header):
+        same_shape = tuple(header.get_data_shape()[:3]) == shape  # type: ignore[no-untyped-call]
+        own_affine = header.get_best_affine()  # type: ignore[no-untyped-call]
+    else:
+        same_shape, own_affine = True, header.affine
+    if not (same_shape and np.array_equal(own_affine, affine)):
         raise GeometryError("volume and its header have different grids; leave the header out (None) after resampling")
 
 

@@ -14,7 +14,7 @@ from tokenseg.case_tokens import CaseTokens
 from tokenseg.config import Label, Plan
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_image
-from tokenseg.data.inputs import read_input
+from tokenseg.data.inputs import read_input, read_written_mask
 from tokenseg.data.preprocess import channel_image, to_canonical
 from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.errors import TokenSegError
@@ -170,7 +170,7 @@ def _scored_view(
 def _segmented_view(result: CaseResult, case: Case, plan: Plan, tokens: TokenBoxes | None) -> CaseView:
     if result.mask is None:
         raise ValueError(f"{result.case_id} has no mask to show")
-    mask = read_mask(result.mask)
+    mask = read_written_mask(case, result.mask, plan)
     scan = _read(partial(read_input, case, plan), mask, result.case_id)
     largest = max(result.volumes_ml, key=lambda name: result.volumes_ml[name])
     return CaseView(

@@ -1,0 +1,127 @@
+"""Which image format a file name stands for, and one way to read and write them all, for `tokenseg.data.volume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Shaped
+from nibabel.nifti1 import Nifti1Header
+
+from tokenseg.data import itk, nifti
+from tokenseg.data.dicom_files import DicomFile
+from tokenseg.data.itk import ITK_ENDINGS, ItkGeometry
+from tokenseg.errors import FileError
+from tokenseg.shapes import Affine, MaskArray
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", *ITK_ENDINGS)
+
+
+class DicomSlices(NamedTuple):
+    """The slices that a scan was built from.
+
+    Attributes:
+        affine: From voxel indices (column, row, slice) to mm in RAS+ world coordinates.
+        frames: File and number in the file of each slice, in the order of the last axis.
+    """
+
+    affine: Affine
+    frames: tuple[tuple[DicomFile, int], ...]
+
+
+Header: TypeAlias = Nifti1Header | ItkGeometry | DicomSlices
+"""What a file of one format says of its place in the world, so that a mask can say exactly the same."""
+
+
+class Stored(NamedTuple):
+    """What a header says.
+
+    Attributes:
+        shape: X Y Z, or X Y Z C.
+        affine: From voxel indices to mm in RAS+ world coordinates.
+        header: The header itself.
+    """
+
+    shape: tuple[int, ...]
+    affine: Affine
+    header: Header
+
+
+def image_ending(path: Path) -> str:
+    """Give the part of a file name that names its format, such as `.nii.gz`.
+
+    Raises:
+        FileError: It is none of `IMAGE_ENDINGS`.
+    """
+    for ending in IMAGE_ENDINGS:
+        if path.name.endswith(ending) and path.name != ending:
+            return ending
+    *most, last = IMAGE_ENDINGS
+    raise FileError(f"{path} is not named as an image: its name must end in {', '.join(most)} or {last}")
+
+
+def image_stem(path: Path) -> str:
+    """Give a file name without folder and image ending.
+
+    Raises:
+        FileError: The ending is none of `IMAGE_ENDINGS`.
+    """
+    return path.name.removesuffix(image_ending(path))
+
+
+def mask_ending(ending: str) -> str:
+    """Ending of the mask of an image: the same format, in one file."""
+    return ".mha" if ending == ".mhd" else ending
+
+
+def read_header(path: Path) -> Stored:
+    """Read the header alone; trailing axes of length one after the third are dropped.
+
+    Raises:
+        FileError: The file is missing, or not of the format that its name says.
+        DataError: It is neither 3D nor 4D.
+        GeometryError: Its spacing, affine or unit is not usable.
+        ConfigError: Its format needs an extra that is not installed.
+    """
+    if image_ending(path) in ITK_ENDINGS:
+        shape, geometry = itk.read_header(path)
+        return Stored(shape, geometry.affine, geometry)
+    return Stored(*nifti.read_header(path))
+
+
+def read_values(path: Path) -> tuple[Stored, Shaped[np.ndarray, "*shape"]]:
+    """Read the whole file: float64 where a header scales the values, else as stored.
+
+    Raises:
+        FileError: The file is missing, truncated, or not of the format that its name says.
+        DataError: It is neither 3D nor 4D, or not of real numbers.
+        GeometryError: Its spacing, affine or unit is not usable.
+        ConfigError: Its format needs an extra that is not installed.
+    """
+    if image_ending(path) in ITK_ENDINGS:
+        (shape, geometry), values = itk.read_values(path)
+        return Stored(shape, geometry.affine, geometry), values.reshape(shape)
+    header, values = nifti.read_values(path)
+    return Stored(*header), values
+
+
+def write_values(
+    path: Path, values: MaskArray, affine: Affine, spacing_mm: tuple[float, float, float], header: Header | None
+) -> None:
+    """Write integers in their own type, in the format that the name says, all or nothing.
+
+    A header of the same format is kept to the bit; without one the file gets the affine.
+
+    Raises:
+        FileError: The file cannot be written; what was there is then as it was.
+        ConfigError: Its format needs an extra that is not installed.
+    """
+    if image_ending(path) in ITK_ENDINGS:
+        itk.write_values(
+            path, values, header if isinstance(header, ItkGeometry) else itk.geometry_of_affine(affine, spacing_mm)
+        )
+        return
+    nifti.write_values(
+        path, values, header if isinstance(header, Nifti1Header) else nifti.header_of_affine(affine, spacing_mm)
+    )

@@ -1,0 +1,206 @@
+"""NRRD and MetaImage files through SimpleITK: formats behind `tokenseg.data.volume`, the door for everything else.
+
+SimpleITK reads and writes; what it would take on trust is checked before: a header may not name other files than its
+own voxels, nor more voxels than its file can hold.
+"""
+# SimpleITK's functions carry no types:
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
+from tokenseg.files import replaced_on_success
+from tokenseg.shapes import LPS_TO_RAS, Affine, MaskArray
+
+ITK_ENDINGS = (".nrrd", ".mha", ".mhd")
+
+_HEADER_LIMIT = 1 << 20
+_DEFLATE_LIMIT = 1032
+"""No gzip file holds more than so many times its own size."""
+
+
+class ItkGeometry(NamedTuple):
+    """What places an image in the world, as the file has it: millimetres, LPS+."""
+
+    spacing: tuple[float, float, float]
+    origin: tuple[float, float, float]
+    direction: tuple[float, ...]
+    """3 x 3 cosines, row by row."""
+
+    @property
+    def affine(self) -> Affine:
+        """From voxel indices to mm in RAS+ world coordinates."""
+        lps = np.eye(4)
+        lps[:3, :3] = np.reshape(self.direction, (3, 3)) * self.spacing
+        lps[:3, 3] = self.origin
+        return LPS_TO_RAS @ lps
+
+
+class ItkHeader(NamedTuple):
+    """What a header says.
+
+    Attributes:
+        shape: X Y Z, or X Y Z C.
+        geometry: Place in the world.
+    """
+
+    shape: tuple[int, ...]
+    geometry: ItkGeometry
+
+
+def geometry_of_affine(affine: Affine, spacing_mm: tuple[float, float, float]) -> ItkGeometry:
+    """Turn an affine into what an ITK header holds."""
+    lps = LPS_TO_RAS @ affine
+    cosines = lps[:3, :3] / spacing_mm
+    x, y, z = (float(value) for value in lps[:3, 3])
+    return ItkGeometry(spacing_mm, (x, y, z), tuple(float(value) for value in cosines.ravel()))
+
+
+def read_header(path: Path) -> ItkHeader:
+    """Read the header alone.
+
+    Raises:
+        FileError: The file is missing, or not of its format.
+        DataError: It is neither 3D nor 4D, or not of real numbers.
+        ConfigError: SimpleITK is not installed.
+    """
+    return _header(_opened(path), path)
+
+
+def read_values(path: Path) -> tuple[ItkHeader, Shaped[np.ndarray, "*shape"]]:
+    """Read the whole file, values as stored; several values a voxel come on a last axis.
+
+    Raises:
+        FileError: The file is missing, truncated, or not of its format.
+        DataError: It is neither 3D nor 4D, or not of real numbers.
+        ConfigError: SimpleITK is not installed.
+    """
+    reader = _opened(path)
+    header = _header(reader, path)
+    library = _library()
+    try:
+        stored = library.GetArrayFromImage(reader.Execute())
+    except RuntimeError as error:
+        raise FileError(f"{path} is truncated or damaged ({_reason(error)}); copy or download it again") from error
+    # numpy's axes run the other way round, save that of several values a voxel, which is last in both.
+    spatial = tuple(reversed(range(reader.GetDimension())))
+    return header, stored.transpose(*spatial, *range(len(spatial), stored.ndim))
+
+
+def write_values(path: Path, values: MaskArray, geometry: ItkGeometry) -> None:
+    """Write integers in their own type, compressed, with exactly this geometry.
+
+    Raises:
+        FileError: The file cannot be written; what was there is then as it was. Or it would be a .mhd, which is two
+            files and cannot be replaced at once.
+        ConfigError: SimpleITK is not installed.
+    """
+    if path.name.endswith(".mhd"):
+        raise FileError(f"{path} would be two files, a header and its voxels; name the mask .mha, the same in one file")
+    library = _library()
+    image = library.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
+    image.SetSpacing(geometry.spacing)
+    image.SetOrigin(geometry.origin)
+    image.SetDirection(geometry.direction)
+    with replaced_on_success(path) as temporary:
+        try:
+            library.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:
+            raise OSError(_reason(error)) from error
+
+
+def _library() -> Any:  # noqa: ANN401 - a module
+    try:
+        import SimpleITK
+    except ImportError as error:
+        raise ConfigError(
+            f"{', '.join(ITK_ENDINGS)} files need the extra 'itk': pip install 'tokenseg[itk]'"
+        ) from error
+    return SimpleITK
+
+
+def _opened(path: Path) -> Any:  # noqa: ANN401 - SimpleITK's reader
+    """A reader that has read the header."""
+    num_bytes = _check_text(path)
+    library = _library()
+    reader = library.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise FileError(f"{path} is not a {path.suffix} image ({_reason(error)}); export it again") from error
+    declared = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
+    if declared > num_bytes * _DEFLATE_LIMIT:
+        raise FileError(f"{path} is truncated: its header declares {declared} values; copy or download it again")
+    return reader
+
+
+def _check_text(path: Path) -> int:
+    """Size in bytes of the file with the voxels, after a look at the header's text.
+
+    A header may name another file for the voxels: only that of a .mhd, and only beside it.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(_HEADER_LIMIT)
+        is_nrrd = path.name.endswith(".nrrd")
+        if not start.startswith(b"NRRD0" if is_nrrd else (b"ObjectType", b"NDims", b"Comment")):
+            raise FileError(f"{path} is not a {path.suffix} image, whatever its name says; convert it")
+        voxels = _detached_nrrd(start, path) if is_nrrd else _voxel_file(start, path)
+        return voxels.stat().st_size
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
+
+
+def _detached_nrrd(start: bytes, path: Path) -> Path:
+    text = start.split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
+    if any(line.startswith((b"data file:", b"datafile:")) for line in text.splitlines()):
+        raise FileError(f"{path} has its voxels in another file; save it as one .nrrd file")
+    return path
+
+
+def _voxel_file(start: bytes, path: Path) -> Path:
+    for line in start.split(b"\n"):
+        key, _, value = line.partition(b"=")
+        if key.strip() == b"ElementDataFile":
+            name = value.strip().decode("utf-8", errors="replace")
+            if name.upper() == "LOCAL":
+                return path
+            if path.name.endswith(".mhd") and name and name == Path(name).name and "\\" not in name:
+                return path.with_name(name)
+            raise FileError(
+                f"{path} has its voxels in {name!r}; save it as one .mha file, or as a .mhd beside its data"
+            )
+    raise FileError(f"{path} names no voxels (ElementDataFile is missing); export it again")
+
+
+def _header(reader: Any, path: Path) -> ItkHeader:  # noqa: ANN401
+    size, channels = reader.GetSize(), reader.GetNumberOfComponents()
+    shape = (*size, channels) if channels > 1 else tuple(size)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4) or min(shape) < 1:
+        sizes = " x ".join(map(str, shape))
+        raise DataError(f"{path} is {len(shape)}D ({sizes}); expected is 3D, or 4D with channels last")
+    library = _library()
+    if "complex" in library.GetPixelIDValueAsString(reader.GetPixelID()):
+        raise DataError(f"{path} holds complex numbers; expected is one real number a voxel: export it as grey values")
+    # Of a 4D image, the first three axes are space.
+    dimension = len(size)
+    direction = np.reshape(reader.GetDirection(), (dimension, dimension))[:3, :3]
+    if dimension < 3:
+        raise GeometryError(f"{path} is flat; expected is a 3D image")
+    spacing, origin = reader.GetSpacing()[:3], reader.GetOrigin()[:3]
+    return ItkHeader(shape, ItkGeometry(spacing, origin, tuple(float(value) for value in direction.ravel())))
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

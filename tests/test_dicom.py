@@ -1,0 +1,508 @@
+"""DICOM in: any orientation, order and compression gives the same scan in the same place; what is no scan is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom import Dataset, dcmread
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+
+from dicom_phantoms import (
+    CORONAL,
+    NUM_SLICES,
+    ORIENTATIONS,
+    SIZE,
+    SPACING_MM,
+    STEP_MM,
+    image_dataset,
+    intensity,
+    ras_of,
+    set_pixels,
+    write_enhanced,
+    write_series,
+)
+from plans import make_plan
+from tokenseg.data.dicom_exam import list_exams, phase_table, read_exam
+from tokenseg.data.dicom_files import may_be_dicom
+from tokenseg.data.volume import Volume
+from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError
+
+
+def plan_of(channels, sources=None, *, joint=False):
+    names = {"channels": channels, "source_channels": sources or channels, "joint_zscore": joint}
+    return make_plan(channels=len(channels)).model_copy(update=names)
+
+
+PLAN = plan_of(("MRI",))
+DCE = plan_of(("phase1", "phase1 - phase0"), ("phase0", "phase1"), joint=True)
+
+
+def read(path: Path, wanted: str = "", plan=PLAN) -> Volume:
+    (exam,) = list_exams(path, wanted)
+    return read_exam(exam, plan)
+
+
+def check_in_place(volume: Volume, add: float = 0) -> None:
+    """Every voxel has the intensity of the place where the affine says it is."""
+    expected = intensity(ras_of(volume.affine, volume.array.shape[1:]).round(6)).astype(np.float32)
+    assert np.abs(volume.array[0] - add - expected).max() <= 1  # rounding of .5
+    assert (volume.array[0] - add == expected).mean() > 0.99
+
+
+def negated(orientation: tuple[float, ...], row: bool, column: bool) -> tuple[float, ...]:
+    signs = [-1 if row else 1] * 3 + [-1 if column else 1] * 3
+    return tuple(value * sign for value, sign in zip(orientation, signs, strict=True))
+
+
+@pytest.mark.parametrize("numbering", ["up", "down", "shuffled"])
+@pytest.mark.parametrize("negate", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("plane", ORIENTATIONS)
+def test_every_orientation_and_order(tmp_path, plane, negate, numbering):
+    orientation = negated(ORIENTATIONS[plane], *negate)
+    numbers = {"up": range(1, 9), "down": range(8, 0, -1), "shuffled": [4, 1, 8, 2, 6, 3, 7, 5]}[numbering]
+    write_series(tmp_path / "exam", orientation=orientation, numbers=list(numbers))
+    volume = read(tmp_path / "exam")
+    assert volume.array.shape == (1, SIZE[1], SIZE[0], NUM_SLICES)
+    assert volume.spacing_mm == pytest.approx((SPACING_MM[1], SPACING_MM[0], STEP_MM), abs=1e-6)
+    check_in_place(volume)
+
+
+@pytest.mark.parametrize("order", [None, [3, 0, 7, 1, 5, 2, 6, 4]])
+@pytest.mark.parametrize("plane", ORIENTATIONS)
+def test_enhanced_multi_frame(tmp_path, plane, order):
+    path = write_enhanced(tmp_path / "exam.dcm", orientation=ORIENTATIONS[plane], order=order)
+    check_in_place(read(path))
+    (exam,) = list_exams(path)
+    assert exam.name == "exam"
+
+
+def test_agrees_with_simpleitk_on_real_exams(real_data):
+    import SimpleITK as sitk  # noqa: N813
+
+    for folder in ("breast_dce_dicom/2_pre", "brain_dicom/oblique_T1post", "brain_dicom/hippocampus_crop"):
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(real_data / folder)))
+        theirs, ours = reader.Execute(), read(real_data / folder)
+        np.testing.assert_array_equal(ours.array[0], sitk.GetArrayFromImage(theirs).transpose(2, 1, 0))
+        np.testing.assert_allclose(ours.affine[:3, 3] * (-1, -1, 1), theirs.GetOrigin(), atol=1e-6)
+        np.testing.assert_allclose(ours.spacing_mm, theirs.GetSpacing(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
+def test_compressed_slices_are_the_same(real_data, tmp_path, syntax):
+    source = real_data / "breast_dce_dicom" / "2_pre"
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    packed.mkdir()
+    plain.mkdir()
+    for path in sorted(source.iterdir())[:4]:
+        if syntax in (JPEG2000Lossless, JPEGLosslessSV1):
+            recompress_by_gdcm(path, packed / path.name, syntax)
+        else:
+            dataset = dcmread(path)
+            dataset.compress(syntax)
+            dataset.save_as(packed / path.name)
+        written = dcmread(packed / path.name)
+        assert written.file_meta.TransferSyntaxUID == syntax
+        assert len(written.PixelData) < written.Rows * written.Columns * 2
+        shutil.copy(path, plain / path.name)
+    np.testing.assert_array_equal(read(packed).array, read(plain).array)
+    assert read(plain).array.max() > 100
+
+
+def recompress_by_gdcm(source: Path, target: Path, syntax: str) -> None:
+    import gdcm
+
+    names = {JPEGLosslessSV1: "JPEGLosslessProcess14_1", JPEG2000Lossless: "JPEG2000Lossless"}
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(source))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, names[syntax])))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(target))
+    assert writer.Write()
+
+
+def test_slope_and_intercept_of_each_slice(tmp_path):
+    def rescale(index: int, dataset: Dataset) -> None:
+        dataset.RescaleSlope, dataset.RescaleIntercept = ("2", "-1024") if index % 2 else ("0.5", "3")
+
+    write_series(tmp_path / "exam", change=rescale)
+    volume = read(tmp_path / "exam")
+    stored = intensity(ras_of(volume.affine, volume.array.shape[1:]).round(6)).astype(np.float32)
+    np.testing.assert_allclose(volume.array[0, :, :, ::2], stored[..., ::2] * 0.5 + 3, atol=0.5)
+    np.testing.assert_allclose(volume.array[0, :, :, 1::2], stored[..., 1::2] * 2 - 1024, atol=2)
+
+
+def test_nested_folders_zip_and_other_files(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+    tags = study | {"SeriesInstanceUID": generate_uid()}
+    root = tmp_path / "patient"
+    for part in range(2):
+        heights = [STEP_MM * index for index in range(4 * part, 4 * part + 4)]
+        write_series(root / "a" / f"part{part}", heights_mm=heights, tags=tags)
+    (root / "readme.txt").write_text("not an image")
+    (root / ".hidden").write_bytes(bytes(200))
+    (root / "a" / "loop").symlink_to(root, target_is_directory=True)
+    whole = read(root)
+    check_in_place(whole)
+    assert whole.array.shape[-1] == NUM_SLICES
+    with zipfile.ZipFile(tmp_path / "patient.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and "loop" not in path.parts:
+                archive.write(path, path.relative_to(tmp_path))
+    (exam,) = list_exams(tmp_path / "patient.zip")
+    assert exam.name == "patient"
+    np.testing.assert_array_equal(read_exam(exam, PLAN).array, whole.array)
+
+
+def test_what_is_no_scan_is_passed_over(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "exam" / "scan", tags=study)
+    localizer = write_series(tmp_path / "exam" / "scout", heights_mm=[0], tags=study | {"SeriesDescription": "scout"})
+    for index, orientation in enumerate((CORONAL, ORIENTATIONS["sagittal"])):
+        dataset = dcmread(localizer[0])
+        dataset.ImageOrientationPatient, dataset.SOPInstanceUID = list(orientation), generate_uid()
+        dataset.save_as(tmp_path / "exam" / "scout" / f"{index}.dcm")
+    colours = image_dataset(SecondaryCaptureImageStorage, study)
+    set_pixels(colours, np.zeros((4, 6), np.int16))
+    colours.SamplesPerPixel = 3
+    colours.save_as(tmp_path / "exam" / "screenshot", enforce_file_format=True)
+    seg = image_dataset(SecondaryCaptureImageStorage, study | {"Modality": "SEG"})
+    seg.save_as(tmp_path / "exam" / "seg", enforce_file_format=True)
+    check_in_place(read(tmp_path / "exam"))
+
+
+def test_the_list_of_series_is_the_message(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "exam" / "1", tags=study | {"SeriesDescription": "T1 fl3d", "SeriesNumber": 4}, add=7)
+    uid = generate_uid()
+    write_series(tmp_path / "exam" / "2", tags=study | {"SeriesDescription": "T2 tse", "SeriesInstanceUID": uid})
+    with pytest.raises(DataError, match="exam has 2 series that could be 'MRI'; name one with --series") as fault:
+        read(tmp_path / "exam")
+    assert f"T2 tse, MR, 8 slices of 12 x 10, {uid}" in str(fault.value)
+    assert "series 4: T1 fl3d" in str(fault.value)
+    check_in_place(read(tmp_path / "exam", "t1"), add=7)
+    check_in_place(read(tmp_path / "exam", uid))
+    with pytest.raises(DataError, match="has no series 'flair'"):
+        read(tmp_path / "exam", "flair")
+    two = plan_of(("T2", "T1"))
+    both = read(tmp_path / "exam", plan=two)
+    assert both.channels == ("T2", "T1")
+    np.testing.assert_array_equal(both.array[1], both.array[0] + 7)
+    with pytest.raises(DataError, match="no series whose description says 'FLAIR'"):
+        read(tmp_path / "exam", plan=plan_of(("T2", "FLAIR")))
+
+
+def test_two_studies_are_two_exams(tmp_path):
+    for name in ("anna", "bob"):
+        write_series(tmp_path / name / "scan")
+    assert sorted(exam.name for exam in list_exams(tmp_path)) == ["anna-scan", "bob-scan"]
+    mixed = tmp_path / "mixed"
+    for _ in range(2):
+        write_series(mixed, numbers=[*range(len(list(mixed.glob("*"))), len(list(mixed.glob("*"))) + NUM_SLICES)])
+    assert [exam.name for exam in list_exams(mixed)] == ["mixed-1", "mixed-2"]
+
+
+EVEN = [STEP_MM * index for index in range(NUM_SLICES)]
+
+
+@pytest.mark.parametrize(
+    ("heights", "said"),
+    [
+        ([*EVEN[:3], *EVEN[4:]], r"1 slice\(s\) are missing \(between -1.00 and 5.00 mm"),
+        ([*EVEN[:2], *EVEN[5:]], r"3 slice\(s\) are missing"),
+        ([*EVEN[:5], EVEN[4] + 4.5, EVEN[4] + 9], "distances between slices differ: 3.000 to 4.500 mm, mostly 3.000"),
+        ([*EVEN, EVEN[2]], "positions hold 1.125 slices on average"),
+    ],
+)
+def test_gaps_and_doubles_are_named(tmp_path, heights, said):
+    write_series(tmp_path / "exam", heights_mm=heights)
+    with pytest.raises(TokenSegError, match=said):
+        read(tmp_path / "exam")
+
+
+def test_duplicated_files_are_named(tmp_path):
+    paths = write_series(tmp_path / "exam")
+    for path in paths:
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    with pytest.raises(DataError, match=r"positions hold 2 slices on average.*duplicated"):
+        read(tmp_path / "exam")
+
+
+def test_gantry_tilt_is_named_with_its_angle(tmp_path):
+    def tilt(index: int, dataset: Dataset) -> None:
+        x, y, z = (float(value) for value in dataset.ImagePositionPatient)
+        dataset.ImagePositionPatient = [x, y + index * STEP_MM * np.tan(np.deg2rad(15.0)), z]
+
+    write_series(tmp_path / "exam", change=tilt)
+    with pytest.raises(GeometryError, match=r"gantry tilted by 15\.0 degrees"):
+        read(tmp_path / "exam")
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "said"),
+    [
+        ("PixelSpacing", [1.5, 2.1], r"mixed spacings in mm \(1.5 x 2, 1.5 x 2.1\)"),
+        ("ImageOrientationPatient", list(CORONAL), r"mixed orientations \(7 axial, 1 coronal\)"),
+        ("ImageOrientationPatient", [1, 0, 0, 1, 0, 0], "mixed orientations"),
+    ],
+)
+def test_mixed_slices_are_named(tmp_path, tag, value, said):
+    def change(index: int, dataset: Dataset) -> None:
+        if index == 5:
+            setattr(dataset, tag, value)
+
+    write_series(tmp_path / "exam", change=change)
+    with pytest.raises(GeometryError, match=said):
+        read(tmp_path / "exam", "phantom")
+
+
+@pytest.mark.parametrize(
+    ("tag", "value", "said"),
+    [
+        ("ImageOrientationPatient", [1, 0, 0, 1, 0, 0], "no two perpendicular directions"),
+        ("PixelSpacing", [0, 1], "not a number above 0"),
+        ("ImagePositionPatient", None, "no ImagePositionPatient"),
+    ],
+)
+def test_slices_without_a_place_are_named(tmp_path, tag, value, said):
+    def change(_: int, dataset: Dataset) -> None:
+        delattr(dataset, tag)
+        if value is not None:
+            setattr(dataset, tag, value)
+
+    write_series(tmp_path / "exam", change=change)
+    with pytest.raises(GeometryError, match=said):
+        read(tmp_path / "exam", "phantom")
+
+
+def test_rounded_positions_are_even_enough(tmp_path):
+    def rounded(_: int, dataset: Dataset) -> None:
+        dataset.ImagePositionPatient = [round(float(value), 2) for value in dataset.ImagePositionPatient]
+
+    heights = [0.703125 * index for index in range(20)]
+    write_series(tmp_path / "exam", orientation=ORIENTATIONS["oblique"], heights_mm=heights, change=rounded)
+    assert read(tmp_path / "exam").spacing_mm[2] == pytest.approx(0.703125, abs=1e-3)
+
+
+def write_phases(root: Path, numbers=(0, 1, 2), **shared) -> None:
+    study = {"StudyInstanceUID": generate_uid()}
+    for number in numbers:
+        times = {"AcquisitionTime": f"10{20 + number:02d}30.5", "SeriesNumber": 9 - number}
+        description = {"SeriesDescription": f"dyn {number}"}
+        write_series(root / f"{9 - number}", tags=study | times | description | shared, add=100 * number)
+
+
+def test_phases_of_one_series_each_by_time(tmp_path):
+    write_phases(tmp_path / "exam")
+    volume = read(tmp_path / "exam", plan=DCE)
+    assert volume.channels == ("phase0", "phase1", "phase2")
+    for number in range(3):
+        np.testing.assert_array_equal(volume.array[number], volume.array[0] + 100 * number)
+    check_in_place(volume)
+    (exam,) = list_exams(tmp_path / "exam")
+    assert phase_table(exam, DCE) == (
+        "phase0: series 9 (dyn 0), 8 slices, 0 s after the first",
+        "phase1: series 8 (dyn 1), 8 slices, 60 s after the first",
+        "phase2: series 7 (dyn 2), 8 slices, 120 s after the first",
+    )
+    assert phase_table(exam, PLAN) == ()
+
+
+@pytest.mark.parametrize(
+    "tag", ["TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "AcquisitionTime", "ContentTime"]
+)
+def test_phases_within_one_series(tmp_path, tag):
+    tags = {"StudyInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid()}
+    values = {"AcquisitionTime": ["102000", "102130", "102300"], "ContentTime": ["102000", "102130", "102300"]}
+    for number in (2, 0, 1):
+        value = values.get(tag, [1, 2, 10])[number]
+        write_series(tmp_path / "exam" / str(number), tags=tags | {tag: value}, add=100 * number)
+    volume = read(tmp_path / "exam", plan=DCE)
+    assert [int(array.mean() - volume.array[0].mean()) for array in volume.array] == [0, 100, 200]
+    check_in_place(volume)
+    with pytest.raises(DataError, match="holds 3 phases; the model takes one"):
+        read(tmp_path / "exam")
+
+
+def test_enhanced_file_of_all_phases(tmp_path):
+    path = write_enhanced(tmp_path / "exam.dcm", phases=3, order=[3, 0, 7, 1, 5, 2, 6, 4])
+    volume = read(path, plan=DCE)
+    assert [int(array.mean() - volume.array[0].mean()) for array in volume.array] == [0, 100, 200]
+    check_in_place(volume)
+
+
+def test_other_series_are_no_phases(tmp_path):
+    write_phases(tmp_path / "exam")
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "9").iterdir())).StudyInstanceUID}
+    write_series(tmp_path / "exam" / "t2", tags=study | {"EchoTime": 90.0, "SeriesDescription": "T2"})
+    derived = {"ImageType": ["DERIVED", "PRIMARY", "SUBTRACT"], "SeriesDescription": "sub", "AcquisitionTime": "1100"}
+    write_series(tmp_path / "exam" / "sub", tags=study | derived)
+    assert read(tmp_path / "exam", plan=DCE).channels == ("phase0", "phase1", "phase2")
+    (exam,) = list_exams(tmp_path / "exam")
+    assert [line.split(",")[0] for line in phase_table(exam, DCE)[3:]] == [
+        "not used: series 3: T2",
+        "not used: series 3: sub",
+    ]
+
+
+def test_inconsistent_phases_are_refused(tmp_path):
+    write_phases(tmp_path / "one", numbers=(1,))
+    with pytest.raises(DataError, match="no group of series with at least 2 phases"):
+        read(tmp_path / "one", plan=DCE)
+    write_phases(tmp_path / "same", AcquisitionTime="102000")
+    with pytest.raises(DataError, match="two phases have the same time of acquisition"):
+        read(tmp_path / "same", plan=DCE)
+    write_phases(tmp_path / "none", AcquisitionTime=None)
+    for path in (tmp_path / "none").rglob("IM*"):
+        dataset = dcmread(path)
+        dataset.AcquisitionTime = ""
+        dataset.save_as(path)
+    with pytest.raises(DataError, match="without a time of acquisition are"):
+        read(tmp_path / "none", plan=DCE)
+    write_phases(tmp_path / "short")
+    next((tmp_path / "short" / "8").glob("*-7")).unlink()
+    with pytest.raises(GeometryError, match="not on one grid: 10 x 12 x 8 against 10 x 12 x 7"):
+        read(tmp_path / "short", "dyn", plan=DCE)
+
+
+def test_a_phase_that_lacks_a_slice_within_a_series(tmp_path):
+    tags = {"StudyInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid()}
+    for number in range(2):
+        write_series(tmp_path / "exam" / str(number), tags=tags | {"TemporalPositionIdentifier": number + 1})
+    next((tmp_path / "exam" / "1").glob("*-3")).unlink()
+    with pytest.raises(DataError, match=r"positions hold 1\.875 slices on average.*phases are incomplete"):
+        read(tmp_path / "exam", plan=DCE)
+
+
+def test_real_breast_exam(real_data):
+    """Instance number and height run in opposite orders here; the annotated box must hold the enhancing lesion."""
+    root = real_data / "breast_dce_dicom"
+    volume = read(root, plan=DCE)
+    assert volume.channels == ("phase0", "phase1", "phase2")
+    box = json.loads((root / "tumour_box.json").read_text())
+    slices = {int(dcmread(path).InstanceNumber): path for path in (root / "2_pre").iterdir()}
+    to_index = np.linalg.inv(volume.affine)
+
+    def height(number: int) -> int:
+        position = [float(value) for value in dcmread(slices[number]).ImagePositionPatient]
+        return round((to_index @ [-position[0], -position[1], position[2], 1])[2])
+
+    low, high = sorted((height(box["start_slice"]), height(box["end_slice"])))
+    assert height(min(slices)) > height(max(slices))
+    enhancement = volume.array[1] - volume.array[0]
+    columns = slice(box["start_column"] - 1, box["end_column"])
+    rows = slice(box["start_row"] - 1, box["end_row"])
+    inside = enhancement[columns, rows, low : high + 1]
+    mirrored = enhancement[::-1][columns, rows, low : high + 1]
+    assert np.percentile(inside, 95) > 2 * np.percentile(enhancement, 95)
+    assert np.percentile(inside, 95) > 2 * np.percentile(mirrored, 95)
+
+
+@pytest.mark.parametrize("quarter", [1, 2, 3])
+def test_truncated_files_are_refused(tmp_path, quarter):
+    paths = write_series(tmp_path / "exam")
+    content = paths[3].read_bytes()
+    paths[3].write_bytes(content[: len(content) * quarter // 4])
+    with pytest.raises(TokenSegError):
+        read(tmp_path / "exam")
+
+
+def test_absurd_sizes_are_refused(tmp_path):
+    paths = write_series(tmp_path / "exam")
+    huge = dcmread(paths[0])
+    huge.Rows = huge.Columns = 65535
+    huge.save_as(paths[0])
+    with pytest.raises(FileError, match="declares 65535 x 65535 pixels; a slice has at most 8192 a side"):
+        read(tmp_path / "exam")
+
+
+def test_deep_nesting_is_refused(tmp_path):
+    dataset = image_dataset(SecondaryCaptureImageStorage, {})
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    dataset.save_as(tmp_path / "deep.dcm", enforce_file_format=True)
+    # (0008,1140) and an item, both of undefined length, again and again
+    nested = bytes.fromhex("08004011ffffffff" + "feff00e0ffffffff")
+    (tmp_path / "deep.dcm").write_bytes((tmp_path / "deep.dcm").read_bytes() + nested * 20000)
+    with pytest.raises(FileError, match=r"deep\.dcm is a damaged DICOM file"):
+        list_exams(tmp_path / "deep.dcm")
+
+
+def test_a_deflated_file_is_not_inflated(tmp_path):
+    dataset = image_dataset(SecondaryCaptureImageStorage, {})
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "x.dcm", enforce_file_format=True)
+    with pytest.raises(FileError, match="deflated DICOM file, which is not read"):
+        list_exams(tmp_path / "x.dcm")
+
+
+def test_broken_and_absurd_archives(tmp_path):
+    write_series(tmp_path / "exam")
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((tmp_path / "exam").iterdir()):
+            archive.write(path, f"../../{path.name}")  # nothing is unpacked, so there is nowhere to escape to
+    check_in_place(read(tmp_path / "whole.zip"))
+    content = bytearray((tmp_path / "whole.zip").read_bytes())
+    content[60:400] = bytes(340)
+    (tmp_path / "damaged.zip").write_bytes(content)
+    with pytest.raises(FileError, match=r"damaged\.zip"):
+        list_exams(tmp_path / "damaged.zip")
+    (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
+    assert not may_be_dicom(tmp_path / "cut.zip")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w") as archive:
+        archive.writestr("a", b"")
+    bomb = (tmp_path / "bomb.zip").read_bytes()
+    place = bomb.index(b"PK\x01\x02") + 24
+    (tmp_path / "bomb.zip").write_bytes(bomb[:place] + (2**31).to_bytes(4, "little") + bomb[place + 4 :])
+    with pytest.raises(FileError, match="a member of 2 GiB or more"):
+        list_exams(tmp_path / "bomb.zip")
+
+
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 1100), value=st.integers(0, 255))
+def test_no_byte_brings_down_the_reader(tmp_path, place, value):
+    """Any one byte of a file may be wrong: the exam is read, or refused with a message of ours."""
+    folder = tmp_path / "exam"
+    if not folder.exists():
+        write_series(folder, heights_mm=[0.0, 3.0])
+    path = sorted(folder.iterdir())[1]
+    content = bytearray(path.read_bytes())
+    changed = content.copy()
+    changed[place % len(content)] = value
+    path.write_bytes(changed)
+    try:
+        for exam in list_exams(folder):
+            read_exam(exam, PLAN)
+    except TokenSegError as fault:
+        assert str(fault)  # noqa: PT017
+    finally:
+        path.write_bytes(content)
+
+
+def test_without_the_extra_one_line_says_what_to_do(tmp_path, monkeypatch):
+    write_series(tmp_path / "exam")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ConfigError, match=r"pip install 'tokenseg\[dicom\]'"):
+        list_exams(tmp_path / "exam")
