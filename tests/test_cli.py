@@ -256,7 +256,7 @@ def test_cohort_tells_what_it_made(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "Expected one of {demo, train, segment, evaluate, tokens, info,"),
+        ([], "Expected one of {demo, check, train, segment, evaluate, tokens, info,"),
         (["segmnt", "a", "b"], "Unrecognized options: segmnt"),
         (["segment", "a", "b"], "--model PATH"),
         (["segment", "a", "--model", "m"], "OUTPUT"),

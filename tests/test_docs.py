@@ -15,7 +15,7 @@ import pytest
 
 import tokenseg.demo
 from dicom_phantoms import write_series
-from phantoms import phantom, write_nifti
+from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
 from test_demo import TINY
 from test_segment_dicom import DCE, write_dce
@@ -121,6 +121,17 @@ def test_formats_and_dicom_work_as_described(tmp_path: Path, monkeypatch: pytest
     assert read_overrides(Path("labels.toml"))["plan"]["labels"][0]["coding"]["type"]["meaning"] == "Neoplasm"
     plan = make_plan().model_dump() | read_overrides(Path("labels.toml"))["plan"]
     assert Plan.model_validate(plan).labels[0].coding is not None
+
+
+def test_checking_works_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_msd(Path("DATASET"), 3)
+    for name in ("A", "B"):
+        write_nifti(Path(f"{name}.nii.gz"), phantom(0)[0][0])
+    for command in commands("check.md"):
+        run(command, {})
+    assert json.loads(Path("findings.json").read_text()) == []
+    assert Path("MENDED/dataset.json").is_file()
 
 
 def test_a_dce_exam_works_as_described(

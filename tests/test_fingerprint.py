@@ -84,7 +84,8 @@ def test_unlisted_value(tmp_path: Path):
         take_fingerprint(open_dataset(tmp_path))
     assert str(caught.value) == (
         "case case_000: case_000.nii.gz holds the label values 4, which the dataset does not list; it lists 0, 1, 2. "
-        "Add these values with their names under labels of dataset.json, or change them in the file to listed ones"
+        "Add these values with their names under labels of dataset.json, or change them in the file to listed ones. "
+        f"1 more case(s) have faults; all of them: tokenseg check {tmp_path}"
     )
 
 

@@ -15,6 +15,7 @@ import tyro
 
 from tokenseg import NOTICE
 from tokenseg.commands.benchmark import Benchmark
+from tokenseg.commands.check import Check
 from tokenseg.commands.cohort import Cohort
 from tokenseg.commands.demo import Demo
 from tokenseg.commands.evaluate import Evaluate
@@ -27,6 +28,7 @@ from tokenseg.terminal import say
 
 COMMANDS: dict[str, Any] = {
     "demo": Demo,
+    "check": Check,
     "train": Train,
     "segment": Segment,
     "evaluate": Evaluate,

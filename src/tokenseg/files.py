@@ -37,6 +37,24 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside `folder`, which must not be there; on success it takes the name `folder`.
+
+    Raises:
+        FileError: It cannot be written; nothing is left of it then.
+    """
+    temporary = temporary_beside(folder)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(folder)
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror or error}; nothing was changed there") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path`, all or nothing."""
     with replaced_on_success(path) as temporary:

@@ -16,7 +16,7 @@ from nibabel.orientations import io_orientation
 from tokenseg.config import Fraction, Settings, Spacing3, Vox3
 from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.datasets import LabelledCase, load_case
-from tokenseg.errors import DataError
+from tokenseg.errors import DataError, TokenSegError
 
 _SAMPLES_A_CASE = 10_000
 
@@ -73,21 +73,27 @@ def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | Non
         on_case: Called after each case with the number of cases done and of all, for a progress display.
 
     Raises:
-        FileError: A file is missing, truncated or not a medical image.
-        DataError: Label values that the dataset does not list, no foreground in any case, or unusable voxels.
-        GeometryError: Image and label of a case are not on one grid.
+        TokenSegError: The first fault, and how many more cases have one: a file is missing, truncated or not a medical
+            image, label values are not listed, voxels are unusable, image and label are not on one grid. Or there is
+            no foreground in any case.
     """
     cases: list[CaseFingerprint] = []
     samples: list[_Values] = []
+    faults: list[TokenSegError] = []
     for done, case in enumerate(dataset.cases, start=1):
-        loaded = load_case(dataset, case)
-        label_voxels = _count_labels(loaded)
-        _check_values(dataset, case, set(label_voxels))
-        values = _foreground(dataset, loaded)
-        cases.append(_case_fingerprint(dataset, case, loaded, label_voxels, values))
-        samples.append(values[:, :: -(-values.shape[1] // _SAMPLES_A_CASE)])
+        try:
+            loaded = load_case(dataset, case)
+            label_voxels = _count_labels(loaded)
+            _check_values(dataset, case, set(label_voxels))
+        except TokenSegError as fault:
+            faults.append(fault)
+        else:
+            values = _foreground(dataset, loaded)
+            cases.append(_case_fingerprint(dataset, case, loaded, label_voxels, values))
+            samples.append(values[:, :: -(-values.shape[1] // _SAMPLES_A_CASE)])
         if on_case is not None:
             on_case(done, len(dataset.cases))
+    _raise_first(faults, dataset)
     if not any(value != 0 for case in cases for value in case.label_voxels):
         raise DataError(
             f"dataset {dataset.root} has no foreground: all {len(cases)} masks are zero everywhere; "
@@ -95,6 +101,14 @@ def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | Non
         )
     pooled = np.concatenate(samples, axis=1)
     return Fingerprint(cases=tuple(cases), intensities=_intensities(pooled))
+
+
+def _raise_first(faults: list[TokenSegError], dataset: Dataset) -> None:
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        more = f"{len(faults) - 1} more case(s) have faults; all of them: tokenseg check {dataset.root}"
+        raise type(faults[0])(f"{faults[0]}. {more}") from faults[0]
 
 
 def _case_fingerprint(

@@ -13,7 +13,7 @@ from tokenseg.data import itk, nifti
 from tokenseg.data.dicom_files import DicomFile
 from tokenseg.data.itk import ITK_ENDINGS, ItkGeometry
 from tokenseg.errors import FileError
-from tokenseg.shapes import Affine, MaskArray
+from tokenseg.shapes import Affine
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", *ITK_ENDINGS)
 
@@ -107,9 +107,13 @@ def read_values(path: Path) -> tuple[Stored, Shaped[np.ndarray, "*shape"]]:
 
 
 def write_values(
-    path: Path, values: MaskArray, affine: Affine, spacing_mm: tuple[float, float, float], header: Header | None
+    path: Path,
+    values: Shaped[np.ndarray, "*shape"],
+    affine: Affine,
+    spacing_mm: tuple[float, float, float],
+    header: Header | None,
 ) -> None:
-    """Write integers in their own type, in the format that the name says, all or nothing.
+    """Write numbers in their own type, in the format that the name says, all or nothing.
 
     A header of the same format is kept to the bit; without one the file gets the affine.
 

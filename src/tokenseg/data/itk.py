@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
 from tokenseg.files import replaced_on_success
-from tokenseg.shapes import LPS_TO_RAS, Affine, MaskArray
+from tokenseg.shapes import LPS_TO_RAS, Affine
 
 ITK_ENDINGS = (".nrrd", ".mha", ".mhd")
 
@@ -94,8 +94,8 @@ def read_values(path: Path) -> tuple[ItkHeader, Shaped[np.ndarray, "*shape"]]:
     return header, stored.transpose(*spatial, *range(len(spatial), stored.ndim))
 
 
-def write_values(path: Path, values: MaskArray, geometry: ItkGeometry) -> None:
-    """Write integers in their own type, compressed, with exactly this geometry.
+def write_values(path: Path, values: Shaped[np.ndarray, "*shape"], geometry: ItkGeometry) -> None:
+    """Write numbers in their own type, compressed, with exactly this geometry.
 
     Raises:
         FileError: The file cannot be written; what was there is then as it was. Or it would be a .mhd, which is two
@@ -105,7 +105,8 @@ def write_values(path: Path, values: MaskArray, geometry: ItkGeometry) -> None:
     if path.name.endswith(".mhd"):
         raise FileError(f"{path} would be two files, a header and its voxels; name the mask .mha, the same in one file")
     library = _library()
-    image = library.GetImageFromArray(np.ascontiguousarray(values.transpose(2, 1, 0)))
+    axes = [2, 1, 0, *range(3, values.ndim)]  # several values a voxel stay last
+    image = library.GetImageFromArray(np.ascontiguousarray(values.transpose(axes)), isVector=values.ndim > 3)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)

@@ -27,7 +27,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from tokenseg.errors import DataError, FileError, GeometryError
 from tokenseg.files import replaced_on_success
-from tokenseg.shapes import Affine, MaskArray
+from tokenseg.shapes import Affine
 
 _GEOMETRY_FIELDS = (
     *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -88,8 +88,8 @@ def read_values(path: Path) -> tuple[NiftiHeader, Shaped[np.ndarray, "*shape"]]:
         return header, stored.astype(np.float64) * slope + inter
 
 
-def write_values(path: Path, values: MaskArray, header: Nifti1Header) -> None:
-    """Write integers unscaled in their own type, with the geometry of `header` bit for bit and nothing else of it.
+def write_values(path: Path, values: Shaped[np.ndarray, "*shape"], header: Nifti1Header) -> None:
+    """Write numbers unscaled in their own type, with the geometry of `header` bit for bit and nothing else of it.
 
     Raises:
         FileError: The file cannot be written; what was there is then as it was.

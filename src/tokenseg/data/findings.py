@@ -1,0 +1,233 @@
+"""What is wrong with a dataset, or only odd: every case looked at, every finding with what mends it.
+
+`tokenseg train` stops at what it cannot use; this goes on, and sees what training would not notice: the same image in
+two cases, a channel that holds a mask, one scan in other units than the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from jaxtyping import Shaped
+
+from tokenseg.data.cases import Case, Dataset, first_few
+from tokenseg.data.formats import read_values
+from tokenseg.data.grids import relate_grids
+from tokenseg.data.volume import Grid, read_grid
+from tokenseg.errors import TokenSegError
+from tokenseg.progress import Progress
+from tokenseg.shapes import Affine
+
+Severity: TypeAlias = Literal["error", "warning", "note"]
+
+SHEAR_TOLERANCE = 1e-3
+"""Largest cosine between two axes of an affine that counts as a right angle."""
+FEW_VALUES = 16
+"""An image with at most so many distinct values looks like a mask."""
+OUTLIER = 8.0
+"""Distance from the median in robust deviations (1.4826 times the median absolute deviation)."""
+SPACING_OUTLIER = 3.0
+"""Times the median spacing, or a third of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing about one case."""
+
+    severity: Severity
+    """`error`: training refuses it; `warning`: look at it; `note`: harmless."""
+    case_id: str
+    kind: str
+    """What it is about, in one word."""
+    text: str
+    mend: str = ""
+    """What to do; empty where nothing needs doing."""
+    fixable: bool = False
+    """Whether `--fix` mends it."""
+
+
+@dataclass
+class _Facts:
+    """What is compared across cases once all are read."""
+
+    digests: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Cases by the fingerprint of an image."""
+    spacings: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    medians: dict[str, list[tuple[str, float]]] = field(default_factory=lambda: defaultdict(list))
+    """Cases and their median intensity, by channel; only of channels in Hounsfield units."""
+
+
+def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
+    """Look at every case of a dataset; errors first, then by case."""
+    facts = _Facts()
+    findings: list[Finding] = []
+    progress.stage("checking", len(dataset.cases))
+    for case in dataset.cases:
+        findings += _check_case(dataset, case, facts)
+        progress.advance(case.case_id)
+    findings += [*_duplicates(facts, dataset), *_spacing_outliers(facts), *_intensity_outliers(facts)]
+    order = ("error", "warning", "note")
+    return sorted(findings, key=lambda finding: (order.index(finding.severity), finding.case_id, finding.kind))
+
+
+def check_files(paths: Sequence[Path]) -> list[Finding]:
+    """Compare the grids of files with that of the first.
+
+    Raises:
+        TokenSegError: The first file cannot be read.
+    """
+    first = read_grid(paths[0])
+    findings = [*_affine_findings(paths[0].name, paths[0], first.affine)]
+    for path in paths[1:]:
+        try:
+            findings += _grid_findings(path.name, paths[0], first, path, read_grid(path), fixable=False)
+        except TokenSegError as error:
+            findings.append(Finding("error", path.name, "file", str(error)))
+    return findings
+
+
+def _check_case(dataset: Dataset, case: Case, facts: _Facts) -> Iterator[Finding]:
+    grids: list[tuple[Path, Grid]] = []
+    channels = case.channels or dataset.source_channels
+    for path, channel in zip(case.images, [*channels, *[""] * len(case.images)], strict=False):
+        try:
+            grid = read_grid(path)
+            yield from _image_findings(dataset, case, path, channel, facts)
+        except TokenSegError as error:
+            yield Finding("error", case.case_id, "file", str(error))
+            continue
+        if grids:
+            yield from _grid_findings(case.case_id, grids[0][0], grids[0][1], path, grid, fixable=True)
+        else:
+            facts.spacings[case.case_id] = grid.spacing_mm
+            yield from _affine_findings(case.case_id, path, grid.affine)
+        grids.append((path, grid))
+    if case.label is not None:
+        yield from _label_findings(dataset, case, case.label, grids)
+
+
+def _image_findings(dataset: Dataset, case: Case, path: Path, channel: str, facts: _Facts) -> Iterator[Finding]:
+    _, values = read_values(path)
+    finite = np.isfinite(values)
+    if not finite.all():
+        count = values.size - int(np.count_nonzero(finite))
+        yield _fixable("error", case, "values", f"{path.name}: {count} voxel(s) are NaN or infinite")
+        values = values[finite]
+    elif values.size:
+        facts.digests[_digest(values)].append(case.case_id)
+    if not values.size or values.min() == values.max():
+        yield Finding("warning", case.case_id, "values", f"{path.name} is constant", "look at it; export it again")
+        return
+    sample = values.reshape(-1)[:: max(1, values.size // 100_000)]
+    if len(np.unique(sample)) <= FEW_VALUES and len(np.unique(values)) <= FEW_VALUES:
+        text = f"{path.name} holds {len(np.unique(values))} distinct values, as a mask does"
+        yield Finding("warning", case.case_id, "values", text, "is it the image?")
+    if channel in dataset.channels and dataset.ct_channels[dataset.channels.index(channel)]:
+        facts.medians[channel].append((case.case_id, float(np.median(sample))))
+
+
+def _label_findings(dataset: Dataset, case: Case, path: Path, grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
+    try:
+        _, values = read_values(path)
+        grid = read_grid(path)
+    except TokenSegError as error:
+        yield Finding("error", case.case_id, "file", str(error))
+        return
+    if grids:
+        yield from _grid_findings(case.case_id, grids[0][0], grids[0][1], path, grid, fixable=True)
+    if values.ndim != 3:
+        yield Finding("error", case.case_id, "label", f"{path.name} is {values.ndim}D; a mask is 3D", "export it again")
+        return
+    if not np.isfinite(values).all() or (values != np.rint(values)).any():
+        yield _fixable("error", case, "label", f"{path.name} holds values that are no whole numbers")
+        values = np.rint(np.nan_to_num(values))
+    found = {int(value) for value in np.unique(values)}
+    listed = {0, *(value for label in dataset.labels for value in label.values)}
+    if found - listed:
+        unlisted = first_few([str(value) for value in sorted(found - listed)])
+        text = f"{path.name} holds the values {unlisted}, which the dataset does not list"
+        if found <= {0, 255} and len(dataset.labels) == 1 and dataset.layout != "mamamia":
+            yield _fixable("error", case, "label", text)
+        else:
+            mend = "add them with their names under labels of dataset.json, or change them in the file"
+            yield Finding("error", case.case_id, "label", text, mend)
+    elif found == {0}:
+        yield Finding("note", case.case_id, "label", f"{path.name} has no foreground")
+
+
+def _grid_findings(
+    case_id: str, first_path: Path, first: Grid, path: Path, grid: Grid, *, fixable: bool
+) -> Iterator[Finding]:
+    relation = relate_grids(first, grid)
+    against = f"{path.name} against {first_path.name}"
+    if relation.kind == "rounding":
+        yield Finding("note", case_id, "grid", f"{against}: differs by rounding only, and counts as the same")
+    elif relation.kind == "disjoint":
+        text = f"{against}: in another place ({relation.difference})"
+        yield Finding("error", case_id, "grid", text, "they do not belong together, or a header is wrong: export again")
+    elif relation.kind == "other grid":
+        text = f"{against}: same place, other grid ({relation.difference})"
+        mend = "--fix OUT resamples it" if fixable else "resample one to the other"
+        yield Finding("error", case_id, "grid", text, mend, fixable=fixable)
+
+
+def _affine_findings(case_id: str, path: Path, affine: Affine) -> Iterator[Finding]:
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = np.abs(axes.T @ axes - np.eye(3))
+    if cosines.max() > SHEAR_TOLERANCE:
+        text = f"{path.name}: axes are not at right angles (off by a cosine of {cosines.max():.3g})"
+        yield Finding("warning", case_id, "affine", text, "it is treated as upright; resample it to an upright grid")
+
+
+def _duplicates(facts: _Facts, dataset: Dataset) -> Iterator[Finding]:
+    patients = {case.case_id: case.patient_id for case in dataset.cases}
+    for cases in facts.digests.values():
+        if len(cases) < 2:
+            continue
+        others = sorted(set(cases[1:])) or cases[1:]
+        same_patient = len({patients[case_id] for case_id in cases}) == 1
+        text = f"the same image as in {first_few(others)}"
+        if set(cases) == {cases[0]}:
+            yield Finding("warning", cases[0], "duplicate", "two of its channels are the same image", "export it again")
+        elif not same_patient:
+            mend = "keep one: it may stand on both sides of a split, where it flatters the scores"
+            yield Finding("warning", cases[0], "duplicate", text, mend)
+
+
+def _spacing_outliers(facts: _Facts) -> Iterator[Finding]:
+    if not facts.spacings:
+        return
+    usual = np.median(list(facts.spacings.values()), axis=0)
+    for case_id, spacing in facts.spacings.items():
+        ratios = np.asarray(spacing) / usual
+        if ratios.max() > SPACING_OUTLIER or ratios.min() < 1 / SPACING_OUTLIER:
+            shown, median = (" x ".join(f"{value:.3g}" for value in values) for values in (spacing, usual))
+            text = f"voxels of {shown} mm, in the median case {median}"
+            yield Finding("warning", case_id, "spacing", text, "is the spacing in its header right?")
+
+
+def _intensity_outliers(facts: _Facts) -> Iterator[Finding]:
+    """Channels in Hounsfield units have one scale; MR is scaled scan by scan, so a different scale is no fault."""
+    for channel, medians in facts.medians.items():
+        values = np.array([value for _, value in medians])
+        middle = float(np.median(values))
+        deviation = max(1.0, 1.4826 * float(np.median(np.abs(values - middle))))
+        for case_id, value in medians:
+            if abs(value - middle) > OUTLIER * deviation:
+                text = f"{channel}: median intensity {value:.4g}, in the median case {middle:.4g}"
+                yield Finding("warning", case_id, "values", text, "is it in Hounsfield units, as the others are?")
+
+
+def _fixable(severity: Severity, case: Case, kind: str, text: str) -> Finding:
+    return Finding(severity, case.case_id, kind, text, "--fix OUT mends it in a copy", fixable=True)
+
+
+def _digest(values: Shaped[np.ndarray, "*shape"]) -> str:
+    content = np.ascontiguousarray(values, dtype=np.float32)
+    return hashlib.sha256(str(content.shape).encode() + content.tobytes()).hexdigest()

@@ -1,0 +1,88 @@
+"""How two grids relate: the same, the same but for rounding, other voxels of the same space, or somewhere else."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from scipy.ndimage import affine_transform
+
+from tokenseg.data.volume import DIRECTION_TOLERANCE, POSITION_TOLERANCE_MM, SPACING_TOLERANCE_MM, Grid
+from tokenseg.shapes import times
+
+GridKind: TypeAlias = Literal["identical", "rounding", "other grid", "disjoint"]
+
+LEAST_OVERLAP = 0.1
+"""Grids whose boxes share less than this of the smaller one are of different places."""
+
+
+class GridRelation(NamedTuple):
+    """How a grid relates to a first one."""
+
+    kind: GridKind
+    difference: str
+    """In what they differ, in words; empty where they do not."""
+
+
+def relate_grids(first: Grid, second: Grid) -> GridRelation:
+    """Compare two grids.
+
+    Rounding is up to 0.001 mm in the position of the first voxel and in spacing, and 0.0001 in a direction cosine; what
+    is within it counts as the same everywhere in this program.
+    """
+    if first.shape == second.shape and np.array_equal(first.affine, second.affine):
+        return GridRelation("identical", "")
+    spacings = np.asarray(first.spacing_mm), np.asarray(second.spacing_mm)
+    directions = first.affine[:3, :3] / spacings[0] - second.affine[:3, :3] / spacings[1]
+    measured = (
+        ("position of the first voxel", first.affine[:3, 3] - second.affine[:3, 3], POSITION_TOLERANCE_MM, " mm"),
+        ("spacing", spacings[0] - spacings[1], SPACING_TOLERANCE_MM, " mm"),
+        ("direction of the axes", directions, DIRECTION_TOLERANCE, " (cosines)"),
+    )
+    beyond = [
+        f"{name} by {np.abs(difference).max():.4g}{unit}"
+        for name, difference, tolerance, unit in measured
+        if np.abs(difference).max() > tolerance
+    ]
+    if first.shape != second.shape:
+        beyond.insert(0, f"{times(second.shape)} voxels instead of {times(first.shape)}")
+    if not beyond:
+        return GridRelation("rounding", "")
+    kind: GridKind = "disjoint" if _overlap(first, second) < LEAST_OVERLAP else "other grid"
+    return GridRelation(kind, "; ".join(beyond))
+
+
+def resample(
+    values: Shaped[np.ndarray, "X Y Z"], grid: Grid, target: Grid, *, order: Literal[0, 1]
+) -> Shaped[np.ndarray, "Xt Yt Zt"]:
+    """Values at the voxels of another grid of the same world.
+
+    Args:
+        values: On `grid`.
+        grid: Where they are.
+        target: Where they are wanted.
+        order: 1 interpolates, to float32, with the lowest value beyond the grid; 0 takes the nearest, 0 beyond it.
+    """
+    to_source = np.linalg.inv(grid.affine) @ target.affine
+    outside = 0.0 if order == 0 else float(values.min())
+    source = values if order == 0 else values.astype(np.float32)
+    resampled: Shaped[np.ndarray, "Xt Yt Zt"] = affine_transform(
+        source, to_source[:3, :3], to_source[:3, 3], output_shape=target.shape, order=order, cval=outside
+    )
+    return resampled
+
+
+def _overlap(first: Grid, second: Grid) -> float:
+    """Volume of the smaller bounding box, in the world, that the other one shares."""
+    boxes = [_box_mm(grid) for grid in (first, second)]
+    shared = np.minimum(boxes[0][1], boxes[1][1]) - np.maximum(boxes[0][0], boxes[1][0])
+    volumes = [float(np.prod(high - low)) for low, high in boxes]
+    return float(np.prod(np.maximum(shared, 0))) / min(volumes)
+
+
+def _box_mm(grid: Grid) -> tuple[Float[np.ndarray, 3], Float[np.ndarray, 3]]:
+    """Lowest and highest world coordinate of the outer edges of the voxels."""
+    edges = np.stack(np.meshgrid(*((-0.5, size - 0.5) for size in grid.shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    corners = edges @ grid.affine[:3, :3].T + grid.affine[:3, 3]
+    return corners.min(axis=0), corners.max(axis=0)

@@ -1,0 +1,288 @@
+"""`tokenseg check`: each fault planted in a dataset is found, named, and mended in a copy that can be trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from phantoms import change_json, phantom, write_msd, write_nifti, write_nnunet
+from tokenseg.cli import main
+from tokenseg.data.datasets import load_case, open_dataset
+from tokenseg.data.findings import Finding, check_dataset, check_files
+from tokenseg.data.fingerprint import take_fingerprint
+from tokenseg.data.grids import relate_grids, resample
+from tokenseg.data.mending import mend_dataset
+from tokenseg.data.volume import Grid
+from tokenseg.errors import DataError, FileError
+from tokenseg.progress import Silent
+
+SMALL = (12, 13, 14)
+UPRIGHT = np.diag([1.0, 1.0, 2.0, 1.0])
+
+
+def findings_of(root: Path) -> list[Finding]:
+    return check_dataset(open_dataset(root), Silent())
+
+
+def mended(root: Path, out: Path) -> Path:
+    mend_dataset(open_dataset(root), findings_of(root), out, Silent())
+    return out
+
+
+def grid(affine: np.ndarray = UPRIGHT, shape: tuple[int, int, int] = (10, 10, 10)) -> Grid:
+    return Grid(shape, 1, affine)
+
+
+def moved(shift_mm: float = 0.0, stretch_mm: float = 0.0, turn: float = 0.0) -> np.ndarray:
+    affine = UPRIGHT.copy()
+    affine[0, 3] += shift_mm
+    affine[2, 2] += stretch_mm
+    rotation = np.eye(4)
+    rotation[:3, :3] = nib.eulerangles.euler2mat(turn)
+    return rotation @ affine
+
+
+@pytest.mark.parametrize(
+    ("second", "kind", "difference"),
+    [
+        (grid(), "identical", ""),
+        (grid(moved(shift_mm=0.9e-3)), "rounding", ""),
+        (grid(moved(stretch_mm=-0.9e-3)), "rounding", ""),
+        (grid(moved(turn=0.9e-4)), "rounding", ""),
+        (grid(moved(shift_mm=1.1e-3)), "other grid", "position of the first voxel by 0.0011 mm"),
+        (grid(moved(stretch_mm=0.5)), "other grid", "spacing by 0.5 mm"),
+        (grid(moved(turn=2e-4)), "other grid", "direction of the axes by 0.0002 (cosines)"),
+        (grid(shape=(10, 10, 9)), "other grid", "10 x 10 x 9 voxels instead of 10 x 10 x 10"),
+        (grid(moved(shift_mm=8.0)), "other grid", "position of the first voxel by 8 mm"),
+        (grid(moved(shift_mm=9.5)), "disjoint", "position of the first voxel by 9.5 mm"),
+        (grid(moved(shift_mm=300.0)), "disjoint", "position of the first voxel by 300 mm"),
+    ],
+)
+def test_relations(second, kind, difference):
+    assert relate_grids(grid(), second) == (kind, difference)
+
+
+def test_resampling_keeps_things_where_they_are():
+    """A ramp along the world, read at other voxels of a turned grid, is still that ramp."""
+    source, target = grid(moved(turn=0.3), (30, 30, 30)), grid(moved(shift_mm=4.0, stretch_mm=-0.5), (8, 9, 10))
+
+    def ramp(of: Grid) -> np.ndarray:
+        indices = np.stack(np.meshgrid(*map(np.arange, of.shape), indexing="ij"), axis=-1)
+        return (indices @ of.affine[:3, :3].T + of.affine[:3, 3]) @ np.array([1.0, 3.0, 7.0])
+
+    inside = resample(np.ones(source.shape, np.uint8), source, target, order=0) > 0
+    resampled = resample(ramp(source), source, target, order=1)
+    assert inside.mean() > 0.5
+    np.testing.assert_allclose(resampled[inside], ramp(target)[inside], atol=0.05 * 7)
+
+
+def test_a_good_dataset_has_no_findings(tmp_path):
+    write_msd(tmp_path / "d", 3)
+    assert findings_of(tmp_path / "d") == []
+    assert main(["check", str(tmp_path / "d")]) == 0
+
+
+def test_real_datasets_have_no_errors(real_data):
+    assert findings_of(real_data / "Task04_Hippocampus") == []
+
+
+def replace(root: Path, folder: str, case: int, array: np.ndarray, affine: np.ndarray | None = None, ending="") -> None:
+    write_nifti(root / folder / f"case_{case:03d}{ending}.nii.gz", array, affine=affine)
+
+
+def test_planted_faults_are_found_and_mended(tmp_path):
+    root = write_msd(tmp_path / "d", 8, shape=SMALL)
+    image, mask = phantom(0, shape=SMALL)
+    # 0: rounding; 1: label on a finer grid; 2: label elsewhere; 3: fractions; 4: NaN; 5: no foreground; 7: as 6
+    replace(root, "labelsTr", 0, mask, moved(shift_mm=5e-4) @ np.diag([1, 1, 0.5, 1]))
+    replace(root, "imagesTr", 0, image[0], np.diag([1.0, 1, 1, 1]))
+    fine = np.kron(phantom(1, shape=SMALL)[1], np.ones((2, 2, 2), np.uint8))
+    corner = np.diag([0.5, 0.5, 0.5, 1.0])
+    corner[:3, 3] = -0.25
+    replace(root, "labelsTr", 1, fine, corner)
+    elsewhere = np.eye(4)
+    elsewhere[0, 3] = 100
+    replace(root, "labelsTr", 2, mask, elsewhere)
+    replace(root, "labelsTr", 3, phantom(3, shape=SMALL)[1] * np.float32(0.9999))
+    broken = phantom(4, shape=SMALL)[0][0]
+    broken[2, 2, :3] = np.nan
+    replace(root, "imagesTr", 4, broken)
+    replace(root, "labelsTr", 5, np.zeros(SMALL, np.uint8))
+    shutil.copy(root / "imagesTr" / "case_006.nii.gz", root / "imagesTr" / "case_007.nii.gz")
+    found = {(each.case_id, each.severity, each.kind): each for each in findings_of(root)}
+    assert sorted(found) == [
+        ("case_000", "note", "grid"),
+        ("case_001", "error", "grid"),
+        ("case_002", "error", "grid"),
+        ("case_003", "error", "label"),
+        ("case_004", "error", "values"),
+        ("case_005", "note", "label"),
+        ("case_006", "warning", "duplicate"),
+    ]
+    assert "same place, other grid (24 x 26 x 28 voxels instead" in found["case_001", "error", "grid"].text
+    assert "in another place (position of the first voxel by 100 mm)" in found["case_002", "error", "grid"].text
+    assert "3 voxel(s) are NaN" in found["case_004", "error", "values"].text
+    assert "the same image as in case_007" in found["case_006", "warning", "duplicate"].text
+    with pytest.raises(DataError, match=rf"more case\(s\) have faults; all of them: tokenseg check {root}"):
+        take_fingerprint(open_dataset(root))
+
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    out = mended(root, tmp_path / "mended")
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert [(each.case_id, each.kind) for each in findings_of(out) if each.severity == "error"] == [
+        ("case_002", "grid")
+    ]
+    dataset = open_dataset(out)
+    for number in (1, 3):
+        loaded = load_case(dataset, dataset.cases[number])
+        np.testing.assert_array_equal(loaded.mask.array, phantom(number, shape=SMALL)[1])
+    whole = load_case(dataset, dataset.cases[4]).volume.array[0]
+    assert whole[2, 2, 0] == np.nanmin(broken)
+    np.testing.assert_array_equal(whole[3:], broken[3:])
+
+
+def test_channels_on_other_grids(tmp_path):
+    root = write_nnunet(tmp_path / "d", 3, shape=SMALL, channels=("T1", "T2"))
+    image = phantom(0, shape=SMALL, num_channels=2)[0][1]
+    replace(root, "imagesTr", 0, image[:, :, ::2], np.diag([1.0, 1, 2, 1]), "_0001")
+    (finding,) = findings_of(root)
+    assert (finding.case_id, finding.kind, finding.fixable) == ("case_000", "grid", True)
+    out = mended(root, tmp_path / "mended")
+    assert findings_of(out) == []
+    dataset = open_dataset(out)
+    back = load_case(dataset, dataset.cases[0]).volume.array[1]
+    np.testing.assert_allclose(back[:, :, ::2], image[:, :, ::2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("write", [write_msd, write_nnunet])
+def test_a_0_255_mask_is_listed_and_comes_back_as_255(tmp_path, write):
+    root = write(tmp_path / "d", 3, shape=SMALL)
+    for case in range(3):
+        replace(root, "labelsTr", case, phantom(case, shape=SMALL)[1] * np.uint8(255))
+    assert {each.text.split(" holds")[1] for each in findings_of(root)} == {
+        " the values 255, which the dataset does not list"
+    }
+    dataset = open_dataset(mended(root, tmp_path / "mended"))
+    assert [(label.values, label.output_value) for label in dataset.labels] == [((255,), 255)]
+    take_fingerprint(dataset)
+    assert findings_of(tmp_path / "mended") == []
+
+
+def test_unlisted_values_are_left_to_the_user(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    replace(root, "labelsTr", 0, phantom(0, shape=SMALL)[1] * np.uint8(7))
+    (finding,) = findings_of(root)
+    assert "holds the values 7" in finding.text
+    assert not finding.fixable
+
+
+def test_odd_images(tmp_path):
+    root = write_msd(tmp_path / "d", 6, shape=SMALL, channels=("CT",))
+    for case in range(6):
+        values = np.random.default_rng(case).normal(40, 20, SMALL).astype(np.float32)
+        replace(root, "imagesTr", case, values + (1024 if case == 2 else 0))
+    replace(root, "imagesTr", 3, phantom(3, shape=SMALL)[1].astype(np.float32))
+    replace(root, "imagesTr", 4, np.full(SMALL, 5, np.float32))
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.2
+    replace(root, "imagesTr", 5, np.random.default_rng(5).normal(40, 20, SMALL).astype(np.float32), sheared)
+    replace(root, "labelsTr", 5, phantom(5, shape=SMALL)[1], sheared)
+    told: dict[str, str] = {}
+    for each in findings_of(root):
+        told[each.case_id] = told.get(each.case_id, "") + each.text
+    assert "CT: median intensity 106" in told["case_002"]
+    assert "holds 2 distinct values, as a mask does" in told["case_003"]
+    assert "is constant" in told["case_004"]
+    assert "axes are not at right angles (off by a cosine of 0.196)" in told["case_005"]
+    assert sorted(told) == ["case_002", "case_003", "case_004", "case_005"]
+
+
+def test_a_strange_spacing(tmp_path):
+    root = write_msd(tmp_path / "d", 4, shape=SMALL)
+    for folder, array in zip(("imagesTr", "labelsTr"), phantom(1, shape=SMALL), strict=True):
+        replace(root, folder, 1, array.reshape(SMALL), np.diag([10.0, 10, 10, 1]))
+    (finding,) = findings_of(root)
+    assert finding.text == "voxels of 10 x 10 x 10 mm, in the median case 1 x 1 x 1"
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    for folder, case in (("imagesTr", 0), ("labelsTr", 1)):
+        (root / folder / f"case_{case:03d}.nii.gz").write_bytes(b"nothing")
+    assert [(each.case_id, each.kind) for each in findings_of(root)] == [("case_000", "file"), ("case_001", "file")]
+
+
+def test_files_against_the_first(tmp_path, capsys):
+    array = phantom(0, shape=SMALL)[0][0]
+    for name, affine in (("a", np.eye(4)), ("b", np.eye(4)), ("c", moved())):
+        write_nifti(tmp_path / f"{name}.nii", array, affine=affine)
+    assert check_files([tmp_path / "a.nii", tmp_path / "b.nii"]) == []
+    paths = [str(tmp_path / f"{name}.nii") for name in "abc"]
+    assert main(["check", *paths]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(
+        "error: c.nii: c.nii against a.nii: same place, other grid (spacing by 1 mm). Resample one"
+    )
+    assert out[1] == "3 files: 1 error(s), 0 warning(s), 0 note(s)"
+
+
+def test_command(tmp_path, capsys):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    replace(root, "labelsTr", 1, phantom(1, shape=SMALL)[1] * np.float32(0.99))
+    words = ["check", str(root), "--fix", str(tmp_path / "fixed"), "--json", str(tmp_path / "found.json")]
+    assert main([*words, "--pictures", str(tmp_path / "pictures")]) == 1
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0] == (
+        "error: case_001: case_001.nii.gz holds values that are no whole numbers. --fix OUT mends it in a copy"
+    )
+    assert "a copy, 1 file(s) of it mended" in told.err
+    (finding,) = json.loads((tmp_path / "found.json").read_text())
+    assert (finding["case_id"], finding["fixable"]) == ("case_001", True)
+    picture = (tmp_path / "pictures" / "case_001.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5000
+    assert main(["check", str(tmp_path / "fixed")]) == 0
+    assert main(words) == 2
+    assert "is there already; name a new folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_meant(tmp_path, capsys):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    for words, said in (
+        ([str(root / "imagesTr" / "case_000.nii.gz")], "give a dataset folder, or two or more files"),
+        ([*map(str, sorted((root / "imagesTr").iterdir())), "--fix", "x"], "are for one dataset folder"),
+        ([str(root), "--fix", str(root / "fixed")], "lies in the dataset itself"),
+    ):
+        assert main(["check", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    replace(root, "labelsTr", 1, phantom(1, shape=SMALL)[1] * np.float32(0.99))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tokenseg.data.mending._mend_case", fail)
+    with pytest.raises(FileError, match="No space left on device; nothing was changed there"):
+        mended(root, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
+
+
+def test_datasets_in_other_formats_are_checked_too(tmp_path):
+    root = write_nnunet(tmp_path / "d", 2, shape=SMALL)
+    from tokenseg.data.volume import read_volume, write_volume
+
+    for folder in ("imagesTr", "labelsTr"):
+        for path in sorted((root / folder).iterdir()):
+            write_volume(path.with_name(path.name.replace(".nii.gz", ".nrrd")), read_volume(path, ("MR",)))
+            path.unlink()
+    change_json(root / "dataset.json", file_ending=".nrrd")
+    assert findings_of(root) == []
+    take_fingerprint(open_dataset(root))
