@@ -158,6 +158,7 @@ def fill(text: str) -> str:
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "accuracy-left-atrium": partial(accuracy_table, "accuracy_left_atrium"),
         "equal-steps": equal_steps_table,
+        "ablation": partial(accuracy_table, "ablation"),
         "steering": steering_table,
         "earlier": earlier_table,
         "demo": demo_table,
