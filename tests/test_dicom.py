@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
+from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -211,7 +212,7 @@ def test_the_list_of_series_is_the_message(tmp_path):
     both = read(tmp_path / "exam", plan=two)
     assert both.channels == ("T2", "T1")
     np.testing.assert_array_equal(both.array[1], both.array[0] + 7)
-    with pytest.raises(DataError, match="no series whose description says 'FLAIR'"):
+    with pytest.raises(DataError, match="no series for 'FLAIR', other than computed tomography"):
         read(tmp_path / "exam", plan=plan_of(("T2", "FLAIR")))
 
 
@@ -362,10 +363,8 @@ def test_other_series_are_no_phases(tmp_path):
     write_series(tmp_path / "exam" / "sub", tags=study | derived)
     assert read(tmp_path / "exam", plan=DCE).channels == ("phase0", "phase1", "phase2")
     (exam,) = list_exams(tmp_path / "exam")
-    assert [line.split(",")[0] for line in phase_table(exam, DCE)[3:]] == [
-        "not used: series 3: T2",
-        "not used: series 3: sub",
-    ]
+    unused = {line.split(",")[0] for line in phase_table(exam, DCE)[3:]}
+    assert unused == {"not used: series 3: T2", "not used: series 3: sub"}
 
 
 def test_inconsistent_phases_are_refused(tmp_path):
@@ -380,7 +379,7 @@ def test_inconsistent_phases_are_refused(tmp_path):
         dataset = dcmread(path)
         dataset.AcquisitionTime = ""
         dataset.save_as(path)
-    with pytest.raises(DataError, match="without a time of acquisition are"):
+    with pytest.raises(DataError, match="has no time of acquisition, so that the phases cannot be ordered"):
         read(tmp_path / "none", plan=DCE)
     write_phases(tmp_path / "short")
     next((tmp_path / "short" / "8").glob("*-7")).unlink()
@@ -421,13 +420,16 @@ def test_real_breast_exam(real_data):
     assert np.percentile(inside, 95) > 2 * np.percentile(mirrored, 95)
 
 
-@pytest.mark.parametrize("quarter", [1, 2, 3])
-def test_truncated_files_are_refused(tmp_path, quarter):
-    paths = write_series(tmp_path / "exam")
-    content = paths[3].read_bytes()
-    paths[3].write_bytes(content[: len(content) * quarter // 4])
-    with pytest.raises(TokenSegError):
-        read(tmp_path / "exam")
+def test_every_truncation_of_the_last_slice_is_refused(tmp_path):
+    """Cut anywhere, the end of a scan must not be missing without a word."""
+    path = max(write_series(tmp_path / "exam"))
+    content = path.read_bytes()
+    for length in [*range(1, 140, 9), *range(140, len(content), 23), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(TokenSegError) as fault:
+            read(tmp_path / "exam")
+        named = (path.name, "is truncated", "no ImagePositionPatient", "which study")
+        assert any(text in str(fault.value) for text in named), (length, str(fault.value))
 
 
 def test_absurd_sizes_are_refused(tmp_path):
@@ -506,3 +508,172 @@ def test_without_the_extra_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ConfigError, match=r"pip install 'tokenseg\[dicom\]'"):
         list_exams(tmp_path / "exam")
+
+
+# ---- what must not be taken for something else
+
+
+@pytest.mark.parametrize("times", [("102000", "092130"), ("235900", "000100")])
+def test_phases_over_midnight_and_time_zones(tmp_path, times):
+    study = {"StudyInstanceUID": generate_uid(), "AcquisitionDate": None, "AcquisitionTime": None}
+    if times[0] == "235900":
+        moments = ["20250102235900", "20250103000100"]
+    else:
+        moments = ["20250102102000+0100", "20250102092130+0000"]  # the second is 90 s later
+    for number, moment in enumerate(moments):
+        write_series(tmp_path / "exam" / str(number), tags=study | {"AcquisitionDateTime": moment}, add=100 * number)
+    volume = read(tmp_path / "exam", plan=DCE)
+    np.testing.assert_array_equal(volume.array[1], volume.array[0] + 100)
+
+
+@pytest.mark.parametrize(
+    ("dates", "times"),
+    [
+        ((None, None), ("235900", "000100")),
+        (("20250102", None), ("102000", "102130")),
+        (("20250102", "20250102"), ("102000", None)),
+    ],
+)
+def test_times_that_give_no_order_are_refused(tmp_path, dates, times):
+    study = {"StudyInstanceUID": generate_uid(), "ContentTime": "1000", "SeriesTime": "1000"}
+    for number, (date, time) in enumerate(zip(dates, times, strict=True)):
+        tags = study | {"AcquisitionDate": date, "AcquisitionTime": time}
+        write_series(tmp_path / "exam" / str(number), tags=tags)
+    with pytest.raises(DataError, match="cannot be ordered"):
+        read(tmp_path / "exam", plan=DCE)
+
+
+def test_protocols_are_numbers(tmp_path):
+    write_phases(tmp_path / "exam", numbers=(1, 2), EchoTime="2.30")
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "8").iterdir())).StudyInstanceUID}
+    pre = study | {"EchoTime": "2.3", "AcquisitionTime": "101000", "SeriesDescription": "pre"}
+    write_series(tmp_path / "exam" / "pre", tags=pre)
+    assert len(read(tmp_path / "exam", plan=DCE).channels) == 3
+
+
+@pytest.mark.parametrize(
+    "tags", [{"EchoTime": 2.4}, {"FlipAngle": 25.0}, {"ScanOptions": "FS"}, {"RepetitionTime": 900.0}]
+)
+def test_what_may_be_a_phase_is_not_left_out(tmp_path, tags):
+    write_phases(tmp_path / "exam", FlipAngle=10.0, RepetitionTime=4.0)
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "8").iterdir())).StudyInstanceUID}
+    usual = {"FlipAngle": 10.0, "RepetitionTime": 4.0, "AcquisitionTime": "101000", "SeriesDescription": "pre"}
+    write_series(tmp_path / "exam" / "pre", tags=study | usual | tags)
+    with pytest.raises(DataError, match=r"pre, MR, .* may be a phase or not: it has the grid of the others"):
+        read(tmp_path / "exam", plan=DCE)
+    assert len(read(tmp_path / "exam", "dyn", plan=DCE).channels) == 3
+
+
+def test_computed_series_are_no_phases(tmp_path):
+    write_phases(tmp_path / "exam")
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "8").iterdir())).StudyInstanceUID}
+    for number, kind in enumerate(
+        (["DERIVED", "SECONDARY", "PEI"], ["ORIGINAL", "PRIMARY", "SUB1"], ["DERIVED", "PRIMARY"])
+    ):
+        tags = {"ImageType": kind, "SeriesDescription": f"dyn {number} map", "AcquisitionTime": f"1100{number:02d}"}
+        write_series(tmp_path / "exam" / f"x{number}", tags=study | tags)
+    assert len(read(tmp_path / "exam", plan=DCE).channels) == 3
+    assert len(read(tmp_path / "exam", "dyn", plan=DCE).channels) == 3
+
+
+def test_an_unrelated_series_that_cannot_be_split_does_no_harm(tmp_path):
+    write_phases(tmp_path / "exam")
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "8").iterdir())).StudyInstanceUID}
+    paths = write_series(tmp_path / "exam" / "dwi", tags=study | {"EchoTime": 80.0, "SeriesDescription": "DWI"})
+    for path in paths[:5]:
+        shutil.copy(path, path.with_name(f"b{path.name}"))
+    assert len(read(tmp_path / "exam", plan=DCE).channels) == 3
+
+
+def test_words_and_modalities_choose(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "exam" / "1", tags=study | {"Modality": "CT", "SeriesDescription": "Abdomen"}, add=5)
+    write_series(tmp_path / "exam" / "2", tags=study | {"Modality": "PT", "SeriesDescription": "WB CTAC"})
+    check_in_place(read(tmp_path / "exam", plan=plan_of(("CT",))), add=5)
+    write_series(tmp_path / "exam" / "3", tags=study | {"Modality": "CT", "SeriesDescription": "Cor reconstruction"})
+    with pytest.raises(DataError, match="2 series that could be 'CT'"):
+        read(tmp_path / "exam", plan=plan_of(("CT",)))
+    mr = {"StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "mr" / "1", tags=mr | {"SeriesDescription": "T1c sag"})
+    write_series(tmp_path / "mr" / "2", tags=mr | {"SeriesDescription": "FLAIR"})
+    with pytest.raises(DataError, match="no series for 'T1'"):
+        read(tmp_path / "mr", plan=plan_of(("T1", "T1c")))
+
+
+def test_a_series_with_one_bad_slice_is_still_the_one_that_is_meant(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+
+    def lose(index: int, dataset: Dataset) -> None:
+        if index == 3:
+            del dataset.ImagePositionPatient
+
+    write_series(tmp_path / "exam" / "1", tags=study | {"SeriesDescription": "T1"}, change=lose)
+    write_series(tmp_path / "exam" / "2", tags=study | {"SeriesDescription": "DWI"})
+    with pytest.raises(GeometryError, match=r"T1, .*1 slice\(s\) have no ImagePositionPatient"):
+        read(tmp_path / "exam", plan=plan_of(("T1",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "its pixels are MONOCHROME1, not MONOCHROME2"),
+        ({"ModalityLUTSequence": DicomSequence([Dataset()])}, "go through a table"),
+        ({"NumberOfFrames": 3}, "declares 3 frames and describes 1"),
+        ({"SeriesInstanceUID": ""}, "does not say which study and series"),
+    ],
+)
+def test_values_that_are_no_plain_slices_are_named(tmp_path, change, said):
+    def put(_: int, dataset: Dataset) -> None:
+        for name, value in change.items():
+            setattr(dataset, name, value)
+
+    write_series(tmp_path / "exam", change=put)
+    with pytest.raises(FileError, match=said):
+        read(tmp_path / "exam")
+
+
+def test_slices_aside_or_adding_up_are_named(tmp_path):
+    def aside(index: int, dataset: Dataset) -> None:
+        if index == 4:
+            x, y, z = (float(value) for value in dataset.ImagePositionPatient)
+            dataset.ImagePositionPatient = [x + 20, y, z]
+
+    write_series(tmp_path / "aside", change=aside)
+    with pytest.raises(GeometryError, match=r"slice 5 of 8 lies 20\.00 mm from its place in an even grid"):
+        read(tmp_path / "aside")
+    heights = np.concatenate([np.arange(0, 90, 3.0), 87 + 3.055 * np.arange(1, 31)])
+    write_series(tmp_path / "adding", heights_mm=list(heights))
+    with pytest.raises(GeometryError, match="from its place in an even grid"):
+        read(tmp_path / "adding")
+
+
+def test_two_patients_with_one_series_uid_are_two_exams(tmp_path):
+    uid = {"SeriesInstanceUID": generate_uid()}
+    write_series(tmp_path / "a", tags=uid, heights_mm=[0, 6, 12])
+    write_series(tmp_path / "b", tags=uid, heights_mm=[3, 9, 15])
+    assert [exam.name for exam in list_exams(tmp_path)] == ["a", "b"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    write_phases(tmp_path / "exam")
+    list_folder = Path.iterdir
+
+    def denied(path: Path):
+        if path.name == "7":
+            raise PermissionError(13, "Permission denied", str(path))
+        return list_folder(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(FileError, match="7 cannot be read: Permission denied"):
+        list_exams(tmp_path / "exam")
+
+
+def test_a_deflated_file_behind_a_long_header_is_not_inflated(tmp_path):
+    dataset = image_dataset(SecondaryCaptureImageStorage, {})
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.file_meta.PrivateInformationCreatorUID = "1.2.3"
+    dataset.file_meta.ImplementationVersionName = "x"
+    dataset.file_meta.PrivateInformation = bytes(4000)
+    dataset.save_as(tmp_path / "x.dcm", enforce_file_format=True)
+    with pytest.raises(FileError, match="deflated DICOM file"):
+        list_exams(tmp_path / "x.dcm")

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pydicom import Dataset, dcmread
+from pydicom.uid import generate_uid
 
 from dicom_phantoms import NUM_SLICES, ORIENTATIONS, SIZE, write_enhanced, write_series
 from plans import make_plan
@@ -214,12 +215,10 @@ def test_without_the_extra_one_line_says_what_to_do(tmp_path, monkeypatch):
 def test_a_reference_of_another_toolkit(real_data):
     """The liver of dcmqi's test data: voxel counts by slice as its description gives them, and its own NRRD."""
     root = real_data / "dicom_seg_reference"
-    volume = read(root / "dicom")
-    liver = (
-        make_plan()
-        .labels[0]
-        .model_copy(update={"name": dcmread(root / "seg/liver.dcm").SegmentSequence[0].SegmentLabel})
-    )
+    (exam,) = list_exams(root / "dicom")
+    volume = read_exam(exam, PLAN.model_copy(update={"channels": ("CT",), "source_channels": ("CT",)}))
+    name = dcmread(root / "seg" / "liver.dcm").SegmentSequence[0].SegmentLabel
+    liver = make_plan().labels[0].model_copy(update={"name": name})
     mask = read_seg(root / "seg" / "liver.dcm", (liver,), volume)
     assert sorted(np.count_nonzero(mask.array, axis=(0, 1))) == [35220, 35645, 36233]
     import SimpleITK as sitk  # noqa: N813
@@ -244,3 +243,73 @@ def test_a_real_crop_through_the_built_in_model(real_data, tmp_path):
     voxels = np.bincount(mask.ravel(), minlength=3)
     assert 500 < voxels[1] < 5000  # a hippocampus has 3 to 5 ml, half of it in front
     assert 500 < voxels[2] < 5000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"SpecificCharacterSet": ["", "ISO 2022 IR 87"], "PatientName": "Yamada^Tarou"},
+        {"SpecificCharacterSet": "ISO_IR 100", "PatientName": "Müller^Jürgen"},
+        {"PatientSex": "U", "PatientBirthDate": "unknown", "StudyTime": "noon"},
+        {"SliceThickness": None, "FrameOfReferenceUID": None, "Modality": None},
+        {"SliceThickness": "", "FrameOfReferenceUID": "", "SeriesNumber": 2147483647},
+        {"SeriesNumber": -1000},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_scans_with_unusual_headers(tmp_path, changes):
+    def change(_: int, dataset: Dataset) -> None:
+        for name, value in changes.items():
+            if value is None:
+                delattr(dataset, name)
+            else:
+                setattr(dataset, name, value)
+
+    write_series(tmp_path / "exam", change=change)
+    volume = read(tmp_path / "exam")
+    write(tmp_path / "a_seg.dcm", lopsided(), volume)
+    np.testing.assert_array_equal(read_seg(tmp_path / "a_seg.dcm", LABELS, volume).array, lopsided())
+    check_valid(tmp_path / "a_seg.dcm")
+    if "PatientName" in changes:
+        assert dcmread(tmp_path / "a_seg.dcm").PatientName == changes["PatientName"]
+
+
+def test_several_enhanced_files(tmp_path):
+    tags = {name: generate_uid() for name in ("StudyInstanceUID", "SeriesInstanceUID")}
+    for part, slots in enumerate(([0, 2, 4, 6], [1, 3, 5, 7])):
+        write_enhanced(tmp_path / "exam" / f"{part}.dcm", order=slots, tags=tags)
+    volume = read(tmp_path / "exam")
+    write(tmp_path / "a_seg.dcm", lopsided(), volume)
+    np.testing.assert_array_equal(read_seg(tmp_path / "a_seg.dcm", LABELS, volume).array, lopsided())
+    check_valid(tmp_path / "a_seg.dcm")
+
+
+def test_label_names_that_dicom_does_not_hold(tmp_path):
+    write_series(tmp_path / "exam")
+    volume = read(tmp_path / "exam")
+    long = "structure of the left side of the body, as named by somebody thorough"
+    for names in (("Tumör", "肿瘤"), ("a\\b", "a_b"), (long + " 1", long + " 2")):
+        labels = [label.model_copy(update={"name": name}) for label, name in zip(LABELS, names, strict=True)]
+        write(tmp_path / "a_seg.dcm", lopsided(), volume, labels)
+        np.testing.assert_array_equal(read_seg(tmp_path / "a_seg.dcm", labels, volume).array, lopsided())
+        check_valid(tmp_path / "a_seg.dcm")
+    assert dcmread(tmp_path / "a_seg.dcm").SegmentSequence[0].SegmentLabel == (long + " 1")[:64]
+
+
+@pytest.mark.parametrize("value", ["", "a\\b", "x" * 17])
+def test_codes_that_dicom_does_not_hold(value):
+    with pytest.raises(ValueError, match="value"):
+        Code(value=value, meaning="x")
+
+
+def test_what_highdicom_refuses_is_said_and_nothing_is_written(tmp_path, monkeypatch):
+    write_series(tmp_path / "exam")
+    volume = read(tmp_path / "exam")
+
+    def refuse(**_: object) -> None:
+        raise AttributeError("no such tag")
+
+    monkeypatch.setattr(highdicom.seg, "Segmentation", refuse)
+    with pytest.raises(DataError, match=r"with this scan's headers \(no such tag\); name the mask \.nii\.gz"):
+        write(tmp_path / "a_seg.dcm", lopsided(), volume)
+    assert not (tmp_path / "a_seg.dcm").exists()

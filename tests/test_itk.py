@@ -124,7 +124,7 @@ META = b"ObjectType = Image\nNDims = 3\n"
         ("a.nrrd", NRRD + b"dimension: 3\nsizes: 2 2 2\ndata file: /etc/passwd\n\n", "its voxels in another file"),
         ("a.mha", META + b"ElementDataFile = ../secret.raw\n", "its voxels in '../secret.raw'"),
         ("a.mhd", META + b"ElementDataFile = ../secret.raw\n", "its voxels in '../secret.raw'"),
-        ("a.mha", META, "names no voxels"),
+        ("a.mha", META, "names 0 files for its voxels"),
         (
             "a.nrrd",
             NRRD + b"dimension: 3\nsizes: 30000 30000 30000\n\n" + bytes(100),

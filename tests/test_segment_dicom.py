@@ -179,11 +179,48 @@ def test_other_formats_keep_theirs(tmp_path):
     model = toy_model(constant(0.0, 1.0), TUMOUR)
     (exam,) = list_exams(tmp_path / "exam")
     scan = read_exam(exam, TUMOUR)
-    for ending, written in ((".nrrd", ".nrrd"), (".mha", ".mha"), (".nii", ".nii")):
+    for ending in (".nrrd", ".mha", ".nii"):
         write_volume(tmp_path / "in" / f"scan-{ending[1:]}{ending}", scan)
-        assert written == ending
     results = segment_files([model], tmp_path / "in", tmp_path / "out")
     assert sorted(result.mask.name for result in results) == ["scan-mha.mha", "scan-nii.nii", "scan-nrrd.nrrd"]
     for result in results:
         assert read_mask(result.mask).array.all()
         assert read_mask(result.mask).array.shape == (SIZE[1], SIZE[0], NUM_SLICES)
+
+
+def test_nothing_is_written_among_the_slices(tmp_path):
+    paths = write_series(tmp_path / "exam")
+    before = paths[3].read_bytes()
+    model = toy_model(constant(0.0, 1.0), TUMOUR)
+    for output in (paths[3].with_suffix(".dcm"), tmp_path / "exam" / "mask.nii.gz", tmp_path / "exam" / "out"):
+        with pytest.raises(FileError, match="lies among the DICOM files"):
+            segment_files([model], tmp_path / "exam", output)
+    assert paths[3].read_bytes() == before
+
+
+def test_one_file_out_is_never_stale(tmp_path):
+    write_series(tmp_path / "exam")
+    all_of_it, none = toy_model(constant(0.0, 1.0), TUMOUR), toy_model(constant(1.0, 0.0), TUMOUR)
+    (found,) = segment_files([all_of_it], tmp_path / "exam", tmp_path / "x.dcm")
+    assert found.mask == tmp_path / "x.dcm"
+    (nothing,) = segment_files([none], tmp_path / "exam", tmp_path / "x.dcm")
+    assert nothing.mask == tmp_path / "x_seg.json"
+    assert not (tmp_path / "x.dcm").exists()
+    segment_files([all_of_it], tmp_path / "exam", tmp_path / "x.dcm")
+    assert not (tmp_path / "x_seg.json").exists()
+    (tmp_path / "y_seg.json").write_text('{"of": "somebody"}')
+    with pytest.raises(FileError, match=r"y_seg\.json is in the way"):
+        segment_files([none], tmp_path / "exam", tmp_path / "y.dcm")
+
+
+def test_an_archive_of_several_studies_prints_all(tmp_path, capsys):
+    write_series(tmp_path / "in" / "anna")
+    write_series(tmp_path / "in" / "bob", heights_mm=[0, 3, 9])
+    shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in")
+    model = save_untrained(tmp_path / "model")
+    assert main(["segment", str(tmp_path / "in.zip"), str(tmp_path / "out"), "--model", str(model)]) == 1
+    told = capsys.readouterr()
+    assert "1 of 2 cases segmented" in told.out
+    assert "1 slice(s) are missing" in told.err
+    assert main(["segment", str(tmp_path / "in" / "bob"), str(tmp_path / "b.nii.gz"), "--model", str(model)]) == 2
+    assert "summary.csv" not in capsys.readouterr().out

@@ -43,11 +43,11 @@ SettingsT = TypeVar("SettingsT", bound=Settings)
 class Code(Settings):
     """One concept of a coding scheme, as DICOM names things."""
 
-    value: str
+    value: Annotated[str, Field(pattern=r"^[^\\]{1,16}$")]
     """Code, such as 108369006."""
-    meaning: str
+    meaning: Annotated[str, Field(pattern=r"^[^\\]{1,64}$")]
     """In words, such as Neoplasm."""
-    scheme: str = "SCT"
+    scheme: Annotated[str, Field(pattern=r"^[^\\]{1,16}$")] = "SCT"
     """Coding scheme; SCT is SNOMED CT."""
 
 

@@ -23,7 +23,14 @@ from torch import Tensor
 from tokenseg.checkpoint import Model
 from tokenseg.config import Label, Plan, SegmentOptions
 from tokenseg.data.cases import Case, first_few
-from tokenseg.data.dicom_seg import NO_FINDINGS_ENDING, SEG_ENDING, Segment, write_no_findings, write_seg
+from tokenseg.data.dicom_seg import (
+    NO_FINDINGS_ENDING,
+    SEG_ENDING,
+    Segment,
+    is_no_findings,
+    write_no_findings,
+    write_seg,
+)
 from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, mask_ending
 from tokenseg.data.inputs import describe_input, list_inputs, read_input
 from tokenseg.data.preprocess import prepare_image, restore_logits
@@ -138,6 +145,8 @@ def segment_files(
     is_dicom = cases[0].exam is not None
     endings = (*IMAGE_ENDINGS, ".dcm") if is_dicom else IMAGE_ENDINGS
     named_as_file = output_path.name.endswith(endings) and not output_path.is_dir()
+    if is_dicom and input_path.is_dir() and output_path.resolve().is_relative_to(input_path.resolve()):
+        raise FileError(f"output {output_path} lies among the DICOM files of {input_path}; name another place")
     if (len(cases) == 1 and named_as_file) if is_dicom else input_path.is_file():
         _check_output_file(output_path, input_path, endings)
         return [_segment_case(models, cases[0], output_path, options)]
@@ -162,9 +171,11 @@ def segment_cases(
     for number, case in enumerate(cases):
         target = folder / _mask_name(case)
         results[number] = _segment_case(models, case, target, options or SegmentOptions())
-        # A mask of an earlier call would pass for a result of this one.
-        for stale in {target, _no_findings_file(target)} - {results[number].mask}:
-            stale.unlink(missing_ok=True)
+        if results[number].mask is None:
+            # A mask of an earlier call would pass for a result of this one.
+            target.unlink(missing_ok=True)
+            if case.exam is not None:
+                _no_findings_file(target).unlink(missing_ok=True)
         write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
         progress.advance(case.case_id)
     return results
@@ -217,11 +228,14 @@ def _write(target: Path, mask: MaskArray, volume: Volume, model: Model, options:
     plan, name = model.facts.plan, model.facts.name
     segments = [Segment(label, np.isin(mask, _painted_values(label, plan))) for label in plan.labels]
     found = [segment for segment in segments if segment.voxels.any()]
+    other = _no_findings_file(target)
     if found or options.empty_seg:
         write_seg(target, found or segments, volume, model_name=name, version=version("tokenseg"))
-        return target
-    write_no_findings(_no_findings_file(target), plan.labels, model_name=name, version=version("tokenseg"))
-    return _no_findings_file(target)
+    else:
+        write_no_findings(other, plan.labels, model_name=name, version=version("tokenseg"))
+        target, other = other, target
+    other.unlink(missing_ok=True)  # of an earlier call
+    return target
 
 
 def _no_findings_file(target: Path) -> Path:
@@ -265,6 +279,9 @@ def _check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> N
         raise FileError(f"output {output} must be a file ending in {', '.join(endings)}, since the input is one file")
     if output.exists() and output.samefile(image):
         raise FileError(f"output {output} is the input image itself; name another file")
+    words = _no_findings_file(output)
+    if output.name.endswith(".dcm") and words.exists() and not is_no_findings(words):
+        raise FileError(f"{words} is in the way: where nothing is found, it would be overwritten; name another output")
     check_writable(output.parent, output)
 
 

@@ -65,7 +65,7 @@ class Segment:
         with Terminal() as terminal:
             results = segment_files(chosen.models, self.input, self.output, terminal, options=self.options)
         failed = [result for result in results if result.mask is None]
-        single = self.input.is_file() or self.output.is_file()
+        single = not self.output.is_dir()
         if single and failed:
             raise TokenSegError(failed[0].error)
         say(f"engine: {chosen.engine}, {chosen.precision}, {device.type}")

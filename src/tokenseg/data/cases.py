@@ -18,7 +18,6 @@ LayoutName: TypeAlias = Literal["msd", "nnunet", "mamamia"]
 MAX_CHANNELS = 8
 MIN_CASES = 2
 _NUM_SHOWN = 5
-_CT = re.compile(r"(?<![a-z])(cb|ce|ld|nc)?cta?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +66,6 @@ class Dataset:
     file_ending: str
     splits: tuple[Split, ...] | None = None
     """Folds that the dataset brings; None where it leaves them to us."""
-
-
-def is_ct(channel: str) -> bool:
-    """Whether a channel name says computed tomography: CT, CTA, CBCT, `CT_portal`; not `subtraction`."""
-    return _CT.search(channel) is not None
 
 
 def check_channel_names(names: dict[int, str], source: str) -> tuple[str, ...]:

@@ -1,21 +1,23 @@
 """DICOM files, in nested folders or a zip archive: finding them, and reading what is in one.
 
-Nothing is unpacked to disk, links to folders are not followed, and of an archive no more is read than it declares.
+Nothing is unpacked to disk, and of an archive no more is read than it declares. What cannot be read is an error and
+never passed over: it might be the end of a scan.
 """
 # pydicom's functions carry few types:
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
-import os
+import lzma
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, cast
 
 from tokenseg.errors import ConfigError, FileError
 
@@ -28,10 +30,10 @@ MAX_MEMBER_BYTES = 1 << 31
 _MARK = b"DICM"
 _MARK_AT = 128
 _DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
-_DEFLATED_SYNTAX = b"1.2.840.10008.1.2.1.99"
-_META_BYTES = 2048
-"""The transfer syntax stands within these first bytes."""
-_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error)
+_DEFLATED_SYNTAX = "1.2.840.10008.1.2.1.99"
+_BROKEN_MEMBER = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+_UNREADABLE_MEMBER = (NotImplementedError, RuntimeError)
+"""What opening a member raises: an unknown compression, a password."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,40 +42,46 @@ class DicomFile:
 
     path: Path
     member: str = ""
+    archive: zipfile.ZipFile | None = field(default=None, compare=False, repr=False)
+    """Open, for a member; opening it anew for each would read its directory each time."""
 
     def __str__(self) -> str:
         return f"{self.path}/{self.member}" if self.member else str(self.path)
 
     @contextmanager
-    def opened(self) -> Iterator[BinaryIO]:
+    def opened(self) -> Iterator[BufferedIOBase]:
         """Open it for reading, seekable.
 
         Raises:
             FileError: It cannot be read.
         """
         try:
-            if self.member:
-                with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
-                    yield stream  # type: ignore[misc]
-            else:
-                with self.path.open("rb") as stream:
-                    yield stream
+            with self._stream() as stream:
+                yield stream
         except OSError as error:
             raise FileError(f"{self} cannot be read: {error.strerror or error}; check the path") from error
-        except _BROKEN_ZIP as error:
+        except _BROKEN_MEMBER as error:
             raise FileError(f"{self} is damaged ({error}); copy it again") from error
+
+    def _stream(self) -> BufferedIOBase:
+        if self.archive is None:
+            return self.path.open("rb")
+        try:
+            return cast("BufferedIOBase", self.archive.open(self.member))
+        except _UNREADABLE_MEMBER as error:
+            raise FileError(f"{self} cannot be read ({error}); unpack the archive and give the folder") from error
 
 
 def find_dicom(root: Path) -> list[DicomFile]:
     """All DICOM files of a folder and the folders in it, of a zip archive, or one file; sorted by name.
 
-    A file counts by its content, whatever it is called; other files are passed over.
+    A file counts by its content, whatever it is called; others are passed over. Links are followed, each folder once.
 
     Raises:
-        FileError: The path or an archive cannot be read, or an archive has a member of 2 GiB or more.
+        FileError: Something cannot be read, is called .dcm and is none, or is cut off within the first 132 bytes.
     """
     if root.is_dir():
-        files = [DicomFile(path) for path in _files_below(root)]
+        files = [DicomFile(path) for path in _files_below(root, set())]
     elif zipfile.is_zipfile(root):
         files = _members(root)
     else:
@@ -83,7 +91,7 @@ def find_dicom(root: Path) -> list[DicomFile]:
 
 def may_be_dicom(path: Path) -> bool:
     """Whether to look for DICOM: a folder, a zip archive, or a file with its mark."""
-    return path.is_dir() or zipfile.is_zipfile(path) or _is_dicom(DicomFile(path))
+    return path.is_dir() or zipfile.is_zipfile(path) or _start(DicomFile(path))[_MARK_AT:] == _MARK
 
 
 def read_dataset(file: DicomFile, tags: Sequence[str] | None = None, *, pixels: bool = False) -> Dataset:
@@ -104,7 +112,7 @@ def read_dataset(file: DicomFile, tags: Sequence[str] | None = None, *, pixels: 
     try:
         with file.opened() as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pydicom tells on stderr what it forgives
-            if _DEFLATED_SYNTAX in stream.read(_META_BYTES):  # pydicom would inflate it to any size
+            if _syntax(stream) == _DEFLATED_SYNTAX:  # pydicom would inflate it to any size
                 raise FileError(f"{file} is a deflated DICOM file, which is not read; export it uncompressed")
             stream.seek(0)
             dataset = dcmread(stream, stop_before_pixels=not pixels, specific_tags=None if tags is None else [*tags])
@@ -133,6 +141,15 @@ def check_installed() -> None:
         raise ConfigError("DICOM needs the extra 'dicom': pip install 'tokenseg[dicom]'") from error
 
 
+def _syntax(stream: BufferedIOBase) -> str:
+    """Transfer syntax, from the file's first group alone."""
+    from pydicom.filereader import read_dataset as parse
+
+    stream.seek(_MARK_AT + len(_MARK))
+    meta = parse(stream, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)  # type: ignore[arg-type]
+    return str(meta.get("TransferSyntaxUID", ""))
+
+
 def _decode(dataset: Dataset, *, all_elements: bool) -> None:
     """Turn bytes into values here, where whatever is wrong with them is caught, and not when they are asked for."""
     for _ in dataset.file_meta:
@@ -144,32 +161,49 @@ def _decode(dataset: Dataset, *, all_elements: bool) -> None:
             pass
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
+def _files_below(folder: Path, visited: set[Path]) -> Iterator[Path]:
+    try:
+        if folder.resolve() in visited:
+            return
+        visited.add(folder.resolve())
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise FileError(f"folder {folder} cannot be read: {error.strerror or error}; check its permissions") from error
+    for path in entries:
+        if path.is_dir():
+            yield from _files_below(path, visited)
+        else:
+            yield path
 
 
 def _members(archive_path: Path) -> list[DicomFile]:
     try:
-        with zipfile.ZipFile(archive_path) as archive:
-            members = sorted(archive.infolist(), key=lambda member: member.filename)
-    except (OSError, NotImplementedError, *_BROKEN_ZIP) as error:
+        archive = zipfile.ZipFile(archive_path)
+    except (OSError, *_BROKEN_MEMBER, *_UNREADABLE_MEMBER) as error:
         raise FileError(f"{archive_path} is not an intact zip archive ({error}); copy it again") from error
+    members = sorted(archive.infolist(), key=lambda member: member.filename)
     large = [member.filename for member in members if member.file_size >= MAX_MEMBER_BYTES]
     if large:
         raise FileError(f"{archive_path} has a member of 2 GiB or more ({large[0]}); unpack it and give the folder")
-    if any(member.flag_bits & 1 for member in members):
-        raise FileError(f"{archive_path} is encrypted; unpack it and give the folder")
-    return [DicomFile(archive_path, member.filename) for member in members if not member.is_dir()]
+    return [DicomFile(archive_path, member.filename, archive) for member in members if not member.is_dir()]
 
 
 def _is_dicom(file: DicomFile) -> bool:
     if not file.member and not file.path.is_file():  # a pipe or a device would wait for ever
         return False
+    start = _start(file)
+    if start[_MARK_AT:] == _MARK:
+        return True
+    named_so = (file.member or file.path.name).lower().endswith(".dcm")
+    cut_off = 0 < len(start) < _MARK_AT + len(_MARK) and not any(start[:_MARK_AT])
+    if named_so or cut_off:
+        raise FileError(f"{file} is truncated, or not DICOM although it is named so; copy it again, or take it out")
+    return False
+
+
+def _start(file: DicomFile) -> bytes:
     with file.opened() as stream:
-        start = stream.read(_MARK_AT + len(_MARK))
-    return start[_MARK_AT:] == _MARK
+        return stream.read(_MARK_AT + len(_MARK))
 
 
 def _reason(error: Exception) -> str:

@@ -27,6 +27,10 @@ STEP_TOLERANCE_MM = 0.02
 STEP_TOLERANCE = 0.02
 """...or by this share of the distance, whichever is more."""
 TILT_TOLERANCE_DEGREES = 0.1
+LINE_TOLERANCE_MM = 0.1
+"""How far a slice may lie from its place in the even grid between the first and the last..."""
+LINE_TOLERANCE = 0.05
+"""...or this share of the distance of slices, whichever is more."""
 
 
 class Placement(NamedTuple):
@@ -80,6 +84,7 @@ def stack_slices(placements: Sequence[Placement]) -> SliceGrid:
     else:
         step = (positions[-1] - positions[0]) / (len(placements) - 1)
         _check_tilt(step, normal)
+        _check_line(positions, step)
     lps = np.eye(4)
     lps[:3, 0] = row * first.spacing_mm[1]
     lps[:3, 1] = column * first.spacing_mm[0]
@@ -143,7 +148,7 @@ def _check_distances(heights: Float[np.ndarray, " N"]) -> None:
             f"{len(doubled)} slice(s) are where another one is (first at {heights[doubled[0]]:.2f} mm along the "
             "normal): duplicated files, or several phases; take the duplicates out"
         )
-    usual = float(np.median(steps))
+    usual = float(np.sort(steps)[(len(steps) - 1) // 2])  # one of the steps, also of an even number
     tolerance = max(STEP_TOLERANCE_MM, STEP_TOLERANCE * usual)
     wrong = np.flatnonzero(np.abs(steps - usual) > tolerance)
     if not len(wrong):
@@ -168,6 +173,17 @@ def _check_tilt(step: Vector, normal: Vector) -> None:
         raise GeometryError(
             f"slices are shifted sideways, as by a gantry tilted by {degrees:.1f} degrees; resample the series to an "
             "upright grid first"
+        )
+
+
+def _check_line(positions: Float[np.ndarray, "N 3"], step: Vector) -> None:
+    """Each slice where an even grid has it; small steps of one kind may add up, and one slice may lie aside."""
+    away = np.linalg.norm(positions - (positions[0] + np.arange(len(positions))[:, None] * step), axis=1)
+    allowed = max(LINE_TOLERANCE_MM, LINE_TOLERANCE * float(np.linalg.norm(step)))
+    if away.max() > allowed:
+        raise GeometryError(
+            f"slice {int(away.argmax()) + 1} of {len(positions)} lies {away.max():.2f} mm from its place in an even "
+            f"grid, allowed {allowed:.2f}; choose another series, or resample it"
         )
 
 

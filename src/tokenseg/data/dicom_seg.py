@@ -8,6 +8,7 @@ No array is flipped or turned here: slice n of the mask belongs to slice n of th
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +34,21 @@ NOT_CLINICAL = "not for clinical use"
 
 _TISSUE = Code(value="85756007", meaning="Tissue")
 _UNKNOWN = Coding(category=_TISSUE, type=_TISSUE)
-# highdicom copies these from the scan, and takes their absence for an error; empty they may be.
-_NEEDED = (
-    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate"),
-    "StudyTime",
-)
+# highdicom copies these from the scan and fails where they are absent or malformed; empty they may be.
+_NEEDED = {
+    "PatientID": r"[^\\]{0,64}",
+    "PatientName": r".*",
+    "PatientBirthDate": r"[0-9]{8}|",
+    "PatientSex": r"[MFO]|",
+    "AccessionNumber": r"[^\\]{0,16}",
+    "StudyID": r"[^\\]{0,16}",
+    "StudyDate": r"[0-9]{8}|",
+    "StudyTime": r"[0-9]{2,6}(\.[0-9]{1,6})?|",
+}
+_UNICODE = "ISO_IR 192"
 _INDEX_TOLERANCE = 0.01
 _SERIES_NUMBER_OFFSET = 1000
+_LARGEST_NUMBER = 2**31 - 1
 _MAX_TEXT = 64
 
 
@@ -69,36 +78,46 @@ def write_seg(path: Path, segments: Sequence[Segment], like: Volume, *, model_na
     library = _library()
     if not isinstance(like.header, DicomSlices):
         raise DataError(f"{path}: the scan was not read from DICOM; write the mask as .nii.gz")
-    sources = _sources(like.header)
+    sources = _sources(like.header, like.spacing_mm[2])
     # Axes column, row, slice become slice, row, column; the segments come last.
     pixels = np.stack([segment.voxels.transpose(2, 1, 0) for segment in segments], axis=-1)
-    pixel_array: Any = pixels
-    numbers = [number for _, number in like.header.frames]
-    if len(sources) == 1 and numbers != list(range(int(sources[0].get("NumberOfFrames", 1)))):
-        pixel_array = _volume(pixels, like, sources[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seg = library.seg.Segmentation(
-            source_images=sources,
-            pixel_array=pixel_array,
-            segmentation_type="BINARY",
-            segment_descriptions=[
-                _description(number, segment.label, model_name, version)
-                for number, segment in enumerate(segments, start=1)
-            ],
-            series_instance_uid=library.UID(),
-            series_number=_SERIES_NUMBER_OFFSET + int(sources[0].get("SeriesNumber") or 0),
-            sop_instance_uid=library.UID(),
-            instance_number=1,
-            manufacturer="TokenSeg",
-            manufacturer_model_name="tokenseg",
-            software_versions=version,
-            device_serial_number="0",
-            series_description=_cut(f"TokenSeg, {NOT_CLINICAL}: {model_name}"),
-            content_description=_cut(f"Automatic segmentation, {NOT_CLINICAL}"),
-        )
-        with replaced_on_success(path) as temporary:
-            seg.save_as(temporary)
+    names = _segment_names([segment.label for segment in segments])
+    descriptions = [
+        _description(number, name, segment.label.coding or _UNKNOWN, model_name, version)
+        for number, (name, segment) in enumerate(zip(names, segments, strict=True), start=1)
+    ]
+    in_file_order = len(sources) > 1 or [n for _, n in like.header.frames] == list(range(_num_frames(sources[0])))
+    one_frame_each = all(_num_frames(source) == 1 and not _is_enhanced(source) for source in sources)
+    as_they_are = in_file_order and (one_frame_each or len(sources) == 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            seg = library.seg.Segmentation(
+                source_images=sources if as_they_are else sources[:1],
+                pixel_array=pixels if as_they_are else _volume(pixels, like, sources[0]),
+                segmentation_type="BINARY",
+                segment_descriptions=descriptions,
+                series_instance_uid=library.UID(),
+                series_number=_series_number(sources[0]),
+                sop_instance_uid=library.UID(),
+                instance_number=1,
+                manufacturer="TokenSeg",
+                manufacturer_model_name="tokenseg",
+                software_versions=version,
+                device_serial_number="0",
+                series_description=_text(f"TokenSeg, {NOT_CLINICAL}: {model_name}"),
+                content_description=_text(f"Automatic segmentation, {NOT_CLINICAL}"),
+            )
+        seg.SpecificCharacterSet = _UNICODE
+    except (MemoryError, FileError):
+        raise
+    except Exception as error:  # whatever of the scan's own tags highdicom does not take
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"{path}: no DICOM segmentation can be made with this scan's headers ({reason}); name the mask .nii.gz"
+        ) from error
+    with replaced_on_success(path) as temporary:
+        seg.save_as(temporary)
 
 
 def write_no_findings(path: Path, labels: Sequence[Label], *, model_name: str, version: str) -> None:
@@ -117,6 +136,14 @@ def write_no_findings(path: Path, labels: Sequence[Label], *, model_name: str, v
     write_atomically(path, (json.dumps(found, indent=2) + "\n").encode())
 
 
+def is_no_findings(path: Path) -> bool:
+    """Whether `write_no_findings` wrote this file."""
+    try:
+        return "findings" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def read_seg(path: Path, labels: Sequence[Label], like: Volume) -> Mask:
     """Read a SEG that `write_seg` wrote back as a label map; each frame goes where its own position says.
 
@@ -131,7 +158,7 @@ def read_seg(path: Path, labels: Sequence[Label], like: Volume) -> Mask:
         GeometryError: A frame is not on a slice of the scan.
     """
     frames = _read_frames(path)
-    values = {_cut(label.name): label.output_value for label in labels}
+    values = dict(zip(_segment_names(labels), (label.output_value for label in labels), strict=True))
     unknown = sorted({frame.segment for frame in frames} - set(values))
     if unknown:
         raise DataError(f"{path} has the segments {', '.join(unknown)}; known are {', '.join(values)}")
@@ -184,15 +211,46 @@ def _library() -> Any:  # noqa: ANN401 - a module
     return highdicom
 
 
-def _sources(slices: DicomSlices) -> list[Dataset]:
-    """Headers of the scan's files, in the order of the slices, with what must be there."""
-    files = list(dict.fromkeys(file for file, _ in slices.frames))
-    sources = [read_dataset(file) for file in files]
+def _sources(slices: DicomSlices, distance_mm: float) -> list[Dataset]:
+    """Headers of the scan's files, in the order of the slices, with what must be there and as it must be."""
+    sources = [read_dataset(file) for file in dict.fromkeys(file for file, _ in slices.frames)]
+    frame_of_reference = sources[0].get("FrameOfReferenceUID") or _library().UID()
     for source in sources:
-        for name in _NEEDED:
-            if name not in source:
+        source.decode()  # text of any character set, which is then written as Unicode
+        source.SpecificCharacterSet = _UNICODE
+        for name, form in _NEEDED.items():
+            if name not in source or re.fullmatch(form, str(source.get(name) or "")) is None:
                 setattr(source, name, "")
+        source.FrameOfReferenceUID = frame_of_reference
+        source.Modality = source.get("Modality") or "OT"
+        if not _is_enhanced(source) and not source.get("SliceThickness"):
+            source.SliceThickness = f"{distance_mm:.6g}"
     return sources
+
+
+def _is_enhanced(source: Dataset) -> bool:
+    return "PerFrameFunctionalGroupsSequence" in source
+
+
+def _num_frames(source: Dataset) -> int:
+    return int(source.get("NumberOfFrames") or 1)
+
+
+def _series_number(source: Dataset) -> int:
+    try:
+        number = int(source.get("SeriesNumber") or 0)
+    except (TypeError, ValueError):
+        number = 0
+    return _SERIES_NUMBER_OFFSET + min(max(number, 0), _LARGEST_NUMBER - _SERIES_NUMBER_OFFSET)
+
+
+def _segment_names(labels: Sequence[Label]) -> list[str]:
+    """A name for each label that DICOM can hold, none twice."""
+    names: list[str] = []
+    for label in labels:
+        name = _text(label.name)
+        names.append(name if name not in names else f"{name[: _MAX_TEXT - 4]} {len(names) + 1}")
+    return names
 
 
 def _volume(pixels: Any, like: Volume, source: Dataset) -> Any:  # noqa: ANN401
@@ -208,15 +266,14 @@ def _volume(pixels: Any, like: Volume, source: Dataset) -> Any:  # noqa: ANN401
     )
 
 
-def _description(number: int, label: Label, model_name: str, version: str) -> Any:  # noqa: ANN401
+def _description(number: int, name: str, coding: Coding, model_name: str, version: str) -> Any:  # noqa: ANN401
     library = _library()
-    coding = label.coding or _UNKNOWN
     algorithm = library.AlgorithmIdentificationSequence(
-        name=_cut(f"TokenSeg {model_name}"), family=_coded("123110", "Artificial Intelligence", "DCM"), version=version
+        name=_text(f"TokenSeg {model_name}"), family=_coded("123110", "Artificial Intelligence", "DCM"), version=version
     )
     return library.seg.SegmentDescription(
         segment_number=number,
-        segment_label=_cut(label.name),
+        segment_label=name,
         segmented_property_category=_concept(coding.category),
         segmented_property_type=_concept(coding.type),
         algorithm_type="AUTOMATIC",
@@ -235,5 +292,6 @@ def _coded(value: str, meaning: str, scheme: str) -> Any:  # noqa: ANN401
     return Concept(value, scheme, meaning)
 
 
-def _cut(text: str) -> str:
-    return text[:_MAX_TEXT]
+def _text(text: str) -> str:
+    """Text as a long string of DICOM: no backslash, no control characters, at most 64 characters."""
+    return re.sub(r"[\\\x00-\x1f]", "_", text)[:_MAX_TEXT].strip() or "_"

@@ -6,8 +6,10 @@ A classic file is one frame, an enhanced multi-frame file many; from here on bot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +30,7 @@ PHASE_TAGS = (
     "TriggerTime",
     "NominalCardiacTriggerDelayTime",
     "AcquisitionNumber",
+    "FrameAcquisitionDateTime",
     "AcquisitionDateTime",
     "AcquisitionTime",
     "ContentTime",
@@ -35,22 +38,17 @@ PHASE_TAGS = (
 """Tags that may tell the phases of one series apart, the most telling first."""
 
 PROTOCOL_TAGS = ("EchoTime", "EffectiveEchoTime", "RepetitionTime", "FlipAngle")
+"""Numbers that all phases of an exam share."""
 
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _HEADER_TAGS = (
     *("SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "SeriesNumber", "SeriesDescription", "Modality"),
-    *("ImageType", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "ImagePositionPatient", "SeriesDate"),
+    *("ImageType", "Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "ImagePositionPatient", "ScanOptions"),
     *("ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "AcquisitionDate"),
-    *(
-        "RescaleSlope",
-        "RescaleIntercept",
-        "SeriesTime",
-        "ContentDate",
-        *PROTOCOL_TAGS,
-        *PHASE_TAGS,
-        *_FUNCTIONAL_GROUPS,
-    ),
+    *("RescaleSlope", "RescaleIntercept", "PhotometricInterpretation", "ModalityLUTSequence", "TimezoneOffsetFromUTC"),
+    *(*PROTOCOL_TAGS, *PHASE_TAGS, *_FUNCTIONAL_GROUPS),
 )
+_MOMENT = re.compile(r"(?P<digits>[0-9]{12,14})(\.(?P<fraction>[0-9]{1,6}))?(?P<zone>[+-][0-9]{4})?")
 _TIME_GROUPS = (
     *("FrameContentSequence", "CardiacSynchronizationSequence", "MREchoSequence"),
     "MRTimingAndRelatedParametersSequence",
@@ -70,10 +68,14 @@ class Frame(NamedTuple):
     intercept: float
     phase_tags: dict[str, str]
     """Those of `PHASE_TAGS` that are there."""
-    protocol: tuple[str, ...]
-    """Values of `PROTOCOL_TAGS`, which all phases of an exam share."""
-    started: str
-    """Date and time of acquisition as digits, `YYYYMMDDHHMMSS.ffffff`, empty where unknown."""
+    protocol: tuple[float | None, ...]
+    """Values of `PROTOCOL_TAGS`."""
+    options: str
+    """ScanOptions, such as fat saturation."""
+    acquired: datetime | None
+    """When; on day 1 of year 1 where only the time is known, None where not even that."""
+    fault: str
+    """Why its stored values are no plain intensities; empty where they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +111,35 @@ def list_series(root: Path) -> list[Series]:
         FileError: A DICOM file cannot be read. One that is passed over might be the end of a scan.
         ConfigError: pydicom is not installed.
     """
-    frames: dict[str, list[Frame]] = {}
-    heads: dict[str, Dataset] = {}
+    frames: dict[tuple[str, str], list[Frame]] = {}
+    heads: dict[tuple[str, str], Dataset] = {}
     for file in find_dicom(root):
         dataset = read_dataset(file, _HEADER_TAGS)
-        if is_directory_file(dataset) or "Rows" not in dataset or _text(dataset, "Modality") in _NO_SCANS:
+        if is_directory_file(dataset) or _text(dataset, "Modality") in _NO_SCANS:
             continue
-        uid = _text(dataset, "SeriesInstanceUID")
-        heads.setdefault(uid, dataset)
-        frames.setdefault(uid, []).extend(_frames(file, dataset))
-    series = [_series(uid, heads[uid], frames[uid]) for uid in heads]
+        if "Rows" not in dataset:
+            _check_no_image(file, dataset)
+            continue
+        key = _text(dataset, "StudyInstanceUID"), _text(dataset, "SeriesInstanceUID")
+        if not all(key):
+            raise FileError(f"{file} does not say which study and series it belongs to; export it again")
+        heads.setdefault(key, dataset)
+        frames.setdefault(key, []).extend(_frames(file, dataset))
+    series = [_series(key, heads[key], frames[key]) for key in heads if frames[key]]
     return sorted(series, key=lambda each: (each.study_uid, _as_number(each.number), each.uid))
 
 
-def _series(uid: str, dataset: Dataset, frames: Iterable[Frame]) -> Series:
+def _check_no_image(file: DicomFile, dataset: Dataset) -> None:
+    """Refuse an image without pixels: the file was cut off, which the parser forgives."""
+    kind = dataset.file_meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID")
+    if kind is None or "Image Storage" in kind.name:
+        raise FileError(f"{file} is truncated: it says nothing of its pixels; copy or export it again")
+
+
+def _series(key: tuple[str, str], dataset: Dataset, frames: Iterable[Frame]) -> Series:
     return Series(
-        uid=uid,
-        study_uid=_text(dataset, "StudyInstanceUID"),
+        uid=key[1],
+        study_uid=key[0],
         number=_text(dataset, "SeriesNumber"),
         description=_text(dataset, "SeriesDescription"),
         modality=_text(dataset, "Modality"),
@@ -139,60 +153,81 @@ def _frames(file: DicomFile, dataset: Dataset) -> Iterator[Frame]:
         size = int(dataset.Rows), int(dataset.Columns)
         if not 1 <= min(size) <= max(size) <= MAX_SIDE:
             raise FileError(f"{file} declares {times(size)} pixels; a slice has at most {MAX_SIDE} a side")
-        if int(dataset.get("SamplesPerPixel", 1)) != 1:
+        if int(dataset.get("SamplesPerPixel") or 1) != 1:
             return  # colours: a screenshot or a rendered picture
-        shared, frames = (dataset.get(name) for name in _FUNCTIONAL_GROUPS)
-        if frames is None:
-            yield _frame(file, 0, size, [dataset])
-            return
-        for number, groups in enumerate(frames):
-            yield _frame(file, number, size, [groups, *(shared or ()), dataset])
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, NotImplementedError) as error:
-        if isinstance(error, FileError):
-            raise
+        shared, groups = (dataset.get(name) for name in _FUNCTIONAL_GROUPS)
+        levels = [[dataset]] if groups is None else [[own, *(shared or ()), dataset] for own in groups]
+        declared = int(dataset.get("NumberOfFrames") or 1)
+        if declared != len(levels):
+            raise FileError(f"{file} declares {declared} frames and describes {len(levels)}; export it again")
+        for number, frame_levels in enumerate(levels):
+            yield _frame(file, number, size, frame_levels)
+    except FileError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FileError(f"{file} has values that are none ({error}); export it again") from error
 
 
 def _frame(file: DicomFile, number: int, size: tuple[int, int], levels: list[Dataset]) -> Frame:
     """Make a frame from its own description, that of all frames, and the file's, the nearest first."""
-    position = _find(levels, "PlanePositionSequence", "ImagePositionPatient")
-    orientation = _find(levels, "PlaneOrientationSequence", "ImageOrientationPatient")
-    spacing = _find(levels, "PixelMeasuresSequence", "PixelSpacing")
-    placement = None
-    if position is not None and orientation is not None and spacing is not None:
-        x, y, z = (float(value) for value in position)
-        rows, columns = (float(value) for value in spacing)
-        thickness = _find(levels, "PixelMeasuresSequence", "SpacingBetweenSlices") or _find(
-            levels, "PixelMeasuresSequence", "SliceThickness"
-        )
-        cosines = tuple(float(value) for value in orientation)
-        if len(cosines) != 6:
-            raise ValueError(f"ImageOrientationPatient has {len(cosines)} numbers, not 6")
-        placement = Placement((x, y, z), cosines, (rows, columns), size, float(thickness or 0))
     slope = _find(levels, "PixelValueTransformationSequence", "RescaleSlope")
     intercept = _find(levels, "PixelValueTransformationSequence", "RescaleIntercept")
     found = {name: _find_in(levels, _TIME_GROUPS, name) for name in (*PHASE_TAGS, *PROTOCOL_TAGS)}
-    texts = {name: "" if value is None else str(value) for name, value in found.items()}
     return Frame(
         file=file,
         number=number,
-        placement=placement,
+        placement=_placement(levels, size),
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
-        phase_tags={name: texts[name] for name in PHASE_TAGS if texts[name]},
-        protocol=tuple(texts[name] for name in PROTOCOL_TAGS),
-        started=_started(levels[-1], levels),
+        phase_tags={name: str(found[name]) for name in PHASE_TAGS if found[name] is not None},
+        protocol=tuple(None if found[name] is None else float(found[name]) for name in PROTOCOL_TAGS),
+        options=_text(levels[-1], "ScanOptions"),
+        acquired=_acquired(levels),
+        fault=_fault(levels[-1]),
     )
 
 
-def _started(dataset: Dataset, levels: list[Dataset]) -> str:
+def _placement(levels: list[Dataset], size: tuple[int, int]) -> Placement | None:
+    position = _find(levels, "PlanePositionSequence", "ImagePositionPatient")
+    orientation = _find(levels, "PlaneOrientationSequence", "ImageOrientationPatient")
+    spacing = _find(levels, "PixelMeasuresSequence", "PixelSpacing")
+    if position is None or orientation is None or spacing is None:
+        return None
+    x, y, z = (float(value) for value in position)
+    rows, columns = (float(value) for value in spacing)
+    distance, thickness = (
+        _find(levels, "PixelMeasuresSequence", name) for name in ("SpacingBetweenSlices", "SliceThickness")
+    )
+    cosines = tuple(float(value) for value in orientation)
+    if len(cosines) != 6:
+        raise ValueError(f"ImageOrientationPatient has {len(cosines)} numbers, not 6")
+    return Placement((x, y, z), cosines, (rows, columns), size, float(distance or thickness or 0))
+
+
+def _fault(dataset: Dataset) -> str:
+    kind = _text(dataset, "PhotometricInterpretation")
+    if kind not in ("", "MONOCHROME2"):
+        return f"its pixels are {kind}, not MONOCHROME2"
+    return "its intensities go through a table (Modality LUT Sequence)" if "ModalityLUTSequence" in dataset else ""
+
+
+def _acquired(levels: list[Dataset]) -> datetime | None:
+    """When the frame was acquired; the time of its file or series being written is another thing and not taken."""
+    dataset = levels[-1]
     moment = _find(levels, "FrameContentSequence", "FrameAcquisitionDateTime") or dataset.get("AcquisitionDateTime")
-    if moment:
-        return str(moment).split("+")[0].split("-")[0]
-    for name in ("Acquisition", "Content", "Series"):
-        if dataset.get(f"{name}Time"):
-            return f"{dataset.get(f'{name}Date') or ''}{dataset.get(f'{name}Time')}"
-    return ""
+    if not moment:
+        time = _text(dataset, "AcquisitionTime")
+        moment = (_text(dataset, "AcquisitionDate") or "00010101") + time if time else ""
+    match = _MOMENT.fullmatch(str(moment).strip())
+    if match is None:
+        return None
+    zone = match["zone"] or _text(dataset, "TimezoneOffsetFromUTC")
+    digits = match["digits"].ljust(14, "0")
+    fraction = (match["fraction"] or "").ljust(6, "0")[:6]
+    try:
+        return datetime.strptime(f"{digits}{fraction}{zone or '+0000'}", "%Y%m%d%H%M%S%f%z")
+    except ValueError:  # a month of 13
+        return None
 
 
 def _find(levels: list[Dataset], group: str, name: str) -> Any:  # noqa: ANN401 - a DICOM value

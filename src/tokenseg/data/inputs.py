@@ -10,13 +10,13 @@ import numpy as np
 
 from tokenseg.config import Plan
 from tokenseg.data.cases import Case, check_case_ids
+from tokenseg.data.channel_names import phase_name
 from tokenseg.data.datasets import list_dataset_images, read_images
 from tokenseg.data.dicom_exam import list_exams, phase_table, read_exam
 from tokenseg.data.dicom_files import may_be_dicom
 from tokenseg.data.dicom_seg import NO_FINDINGS_ENDING, read_seg
 from tokenseg.data.folders import group_channels, image_files, is_unnamed, name_channels
 from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem
-from tokenseg.data.phases import phase_name
 from tokenseg.data.volume import Mask, Volume, read_grid, read_mask
 from tokenseg.errors import ConfigError, DataError, FileError
 

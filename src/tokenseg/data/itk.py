@@ -9,6 +9,7 @@ own voxels, nor more voxels than its file can hold.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,32 +155,40 @@ def _check_text(path: Path) -> int:
         is_nrrd = path.name.endswith(".nrrd")
         if not start.startswith(b"NRRD0" if is_nrrd else (b"ObjectType", b"NDims", b"Comment")):
             raise FileError(f"{path} is not a {path.suffix} image, whatever its name says; convert it")
-        voxels = _detached_nrrd(start, path) if is_nrrd else _voxel_file(start, path)
+        voxels = _nrrd_file(start, path) if is_nrrd else _meta_file(start, path)
         return voxels.stat().st_size
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
 
 
-def _detached_nrrd(start: bytes, path: Path) -> Path:
-    text = start.split(b"\n\n")[0].split(b"\r\n\r\n")[0].lower()
-    if any(line.startswith((b"data file:", b"datafile:")) for line in text.splitlines()):
+def _nrrd_file(start: bytes, path: Path) -> Path:
+    header, *rest = re.split(rb"\r?\n\r?\n", start, maxsplit=1)
+    if not rest:
+        raise FileError(f"{path} has no end of its header within {_HEADER_LIMIT} bytes; export it again")
+    fields = dict(line.lower().split(b":", 1) for line in header.splitlines()[1:] if b":" in line and line[:1] != b"#")
+    if {b"data file", b"datafile"} & set(fields):
         raise FileError(f"{path} has its voxels in another file; save it as one .nrrd file")
+    units = set(re.findall(rb'"([^"]*)"', fields.get(b"space units", b"")))
+    if units - {b"mm", b"millimeter", b"millimeters", b""}:
+        shown = b", ".join(sorted(units)).decode(errors="replace")
+        raise GeometryError(f"{path}: lengths are in {shown}; give them in mm and set space units to mm")
+    if b"nan" in fields.get(b"spacings", b""):
+        raise GeometryError(f"{path}: an axis has no spacing (nan); set spacings, or space directions, in its header")
     return path
 
 
-def _voxel_file(start: bytes, path: Path) -> Path:
-    for line in start.split(b"\n"):
-        key, _, value = line.partition(b"=")
-        if key.strip() == b"ElementDataFile":
-            name = value.strip().decode("utf-8", errors="replace")
-            if name.upper() == "LOCAL":
-                return path
-            if path.name.endswith(".mhd") and name and name == Path(name).name and "\\" not in name:
-                return path.with_name(name)
-            raise FileError(
-                f"{path} has its voxels in {name!r}; save it as one .mha file, or as a .mhd beside its data"
-            )
-    raise FileError(f"{path} names no voxels (ElementDataFile is missing); export it again")
+def _meta_file(start: bytes, path: Path) -> Path:
+    named = re.findall(rb"^\s*ElementDataFile\s*[=:](.*)$", start, flags=re.MULTILINE)
+    if len(named) != 1:
+        raise FileError(f"{path} names {len(named)} files for its voxels (ElementDataFile), not 1; export it again")
+    name = named[0].strip().decode("utf-8", errors="replace")
+    if name.upper() == "LOCAL":
+        return path
+    beside = path.with_name(Path(name).name) if Path(name).name else path
+    is_beside = name == beside.name and "\\" not in name and beside.resolve().parent == path.resolve().parent
+    if path.name.endswith(".mhd") and is_beside:
+        return beside
+    raise FileError(f"{path} has its voxels in {name!r}; save it as one .mha file, or as a .mhd beside its data")
 
 
 def _header(reader: Any, path: Path) -> ItkHeader:  # noqa: ANN401

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tokenseg.config import Code, Coding, Label
 from tokenseg.data.cases import Case, Dataset, check_case_ids, check_cases, first_few
+from tokenseg.data.channel_names import phase_name
 from tokenseg.data.folders import group_channels, image_files
 from tokenseg.data.formats import image_ending, image_stem
-from tokenseg.data.phases import phase_name
 from tokenseg.errors import DataError
 
 SOURCE_CHANNELS = ("phase0", "phase1")

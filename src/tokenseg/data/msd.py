@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenseg.config import Label
-from tokenseg.data.cases import Case, Dataset, check_case_ids, check_cases, check_channel_names, is_ct
+from tokenseg.data.cases import Case, Dataset, check_case_ids, check_cases, check_channel_names
+from tokenseg.data.channel_names import is_ct
 from tokenseg.data.folders import channel_file, group_channels, image_files, path_inside
 from tokenseg.data.formats import image_ending, image_stem
 from tokenseg.data.manifest import Manifest, parse_manifest

@@ -21,8 +21,8 @@ from tokenseg.data.cases import (
     check_cases,
     check_channel_names,
     first_few,
-    is_ct,
 )
+from tokenseg.data.channel_names import is_ct
 from tokenseg.data.folders import group_channels, image_files, name_channels
 from tokenseg.data.formats import IMAGE_ENDINGS, image_stem
 from tokenseg.data.manifest import Manifest, parse_manifest, read_json
