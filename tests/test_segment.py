@@ -14,12 +14,23 @@ import tokenseg.segment
 from phantoms import phantom, write_mamamia, write_msd, write_nifti, write_nnunet
 from plans import make_plan
 from tokenseg.checkpoint import Model
+from tokenseg.cli import main
 from tokenseg.config import Plan
 from tokenseg.data.inputs import list_inputs
 from tokenseg.data.volume import Volume, read_mask, read_volume
 from tokenseg.errors import ConfigError, DataError, FileError, ModelError, TokenSegError
 from tokenseg.segment import segment_files, segment_volume
-from toy_models import Toy, above_level, as_stored, constant, labels_of, nearest_level, toy_model, untrained
+from toy_models import (
+    Toy,
+    above_level,
+    as_stored,
+    constant,
+    labels_of,
+    nearest_level,
+    save_untrained,
+    toy_model,
+    untrained,
+)
 
 CPU = torch.device("cpu")
 TWO_LABELS = labels_of(outer=7, inner=255)
@@ -505,3 +516,14 @@ def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
     (source / "scan1.nii.gz").write_bytes(b"broken")
     assert [result.mask is None for result in segment_files([toy], source, tmp_path / "out")] == [False, True]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "summary.csv"]
+
+
+def test_each_stage_is_timed(tmp_path, capsys):
+    scans = write_scans(tmp_path / "in", 2)
+    (scans / "scan1.nii.gz").write_bytes(b"broken")
+    model = save_untrained(tmp_path / "model")
+    assert main(["segment", str(scans), str(tmp_path / "out"), "--model", str(model), "--profile"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index(f"{'stage':<16}{'mean s':>9}{'share':>8}") + 1 : -1]
+    assert [line[:16].strip() for line in table] == ["load", "resample", "network", "resample back", "save"]
+    assert sum(int(line.split()[-1].rstrip("%")) for line in table) == pytest.approx(100, abs=3)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.progress import Progress, Silent
 from tokenseg.shapes import MaskArray
 from tokenseg.steering import predict_full, predict_steered
+from tokenseg.stopwatch import Stopwatch
 
 SUMMARY_NAME = "summary.csv"
 
@@ -66,6 +67,8 @@ class CaseResult:
     """In what the scan is far from all that the (first) model was trained on; it is segmented all the same."""
     notes: tuple[str, ...] = ()
     """What of the input was used, where that was chosen: the phases of a DCE exam in DICOM."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Time of each stage: load, resample, network, resample back, save."""
 
 
 def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool = False) -> MaskArray:
@@ -84,7 +87,7 @@ def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool
         ConfigError: The models do not share labels and channels.
         ModelError: A network gives NaN or infinity.
     """
-    return _segment([model] if isinstance(model, Model) else list(model), volume, full=full).mask
+    return _segment([model] if isinstance(model, Model) else list(model), volume, Stopwatch(), full=full).mask
 
 
 class _Segmented(NamedTuple):
@@ -93,16 +96,20 @@ class _Segmented(NamedTuple):
     windows_full: int
 
 
-def _segment(models: Sequence[Model], volume: Volume, *, full: bool) -> _Segmented:
+def _segment(models: Sequence[Model], volume: Volume, watch: Stopwatch, *, full: bool) -> _Segmented:
     check_ensemble(models)
     plan = models[0].facts.plan
-    prepared = prepare_image(volume, plan)
+    with watch.stage("resample"):
+        prepared = prepare_image(volume, plan)
     predict = predict_full if full else predict_steered
-    answers = [predict(each, prepared.image) for each in models]
-    logits = _average([answer.logits for answer in answers], regions=plan.regions)
-    check_finite(logits, models[0])
+    with watch.stage("network"):
+        answers = [predict(each, prepared.image) for each in models]
+        logits = _average([answer.logits for answer in answers], regions=plan.regions)
+        check_finite(logits, models[0])
     run, all_windows = (sum(counts) for counts in zip(*((a.windows_run, a.windows_full) for a in answers), strict=True))
-    return _Segmented(restore_logits(logits, prepared.record, plan), run, all_windows)
+    with watch.stage("resample back"):
+        mask = restore_logits(logits, prepared.record, plan)
+    return _Segmented(mask, run, all_windows)
 
 
 def check_finite(logits: Float[Tensor, "L X Y Z"], model: Model) -> None:
@@ -199,13 +206,15 @@ def check_ensemble(models: Sequence[Model]) -> None:
 
 
 def _segment_case(models: Sequence[Model], case: Case, target: Path, options: SegmentOptions) -> CaseResult:
-    plan = models[0].facts.plan
+    plan, watch = models[0].facts.plan, Stopwatch()
     try:
-        notes = describe_input(case, plan)
-        volume = read_input(case, plan)
-        segmented = _segment(models, volume, full=options.full)
+        with watch.stage("load"):
+            notes = describe_input(case, plan)
+            volume = read_input(case, plan)
+        segmented = _segment(models, volume, watch, full=options.full)
         mask = segmented.mask
-        written = _write(target, mask, volume, models[0], options)
+        with watch.stage("save"):
+            written = _write(target, mask, volume, models[0], options)
     except TokenSegError as error:
         return CaseResult(case.case_id, None, {}, str(error))
     except (MemoryError, RuntimeError) as error:
@@ -215,9 +224,8 @@ def _segment_case(models: Sequence[Model], case: Case, target: Path, options: Se
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes_ml = {label.name: np.isin(mask, _painted_values(label, plan)).sum() * voxel_ml for label in plan.labels}
     warnings = check_input(volume, models[0].facts.inputs)
-    return CaseResult(
-        case.case_id, written, volumes_ml, "", segmented.windows_run, segmented.windows_full, warnings, notes
-    )
+    windows = segmented.windows_run, segmented.windows_full
+    return CaseResult(case.case_id, written, volumes_ml, "", *windows, warnings, notes, watch.seconds)
 
 
 def _write(target: Path, mask: MaskArray, volume: Volume, model: Model, options: SegmentOptions) -> Path:

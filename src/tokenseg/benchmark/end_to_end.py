@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from tokenseg.data.preprocess import prepare_image, restore_logits
 from tokenseg.data.volume import Volume, read_volume, write_mask, write_volume
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenSeg
+from tokenseg.stopwatch import Stopwatch
 from tokenseg.windows import predict_logits, torch_forward
 
 SCAN_VOX = (256, 256, 160)
@@ -53,20 +53,20 @@ def stage_seconds(
         write_volume(scan, _scan(radius))
         mask_array = (radius < 0.5).astype(np.uint8) + (radius < 0.25).astype(np.uint8)
         for number in range(rounds + 1):
-            marks = [time.perf_counter()]
-            volume = read_volume(scan, plan.source_channels)
-            marks.append(time.perf_counter())
-            prepared = prepare_image(volume, plan)
-            marks.append(time.perf_counter())
-            logits = predict_logits(forward, prepared.image, plan)
-            marks.append(time.perf_counter())
-            restore_logits(logits, prepared.record, plan)
-            marks.append(time.perf_counter())
-            write_mask(mask, mask_array, volume)
-            marks.append(time.perf_counter())
+            watch = Stopwatch()
+            with watch.stage("load"):
+                volume = read_volume(scan, plan.source_channels)
+            with watch.stage("resample"):
+                prepared = prepare_image(volume, plan)
+            with watch.stage("network"):
+                logits = predict_logits(forward, prepared.image, plan)
+            with watch.stage("resample back"):
+                restore_logits(logits, prepared.record, plan)
+            with watch.stage("save"):
+                write_mask(mask, mask_array, volume)
             if number:
-                for stage, before, after in zip(STAGES, marks, marks[1:], strict=False):
-                    seconds[stage].append(after - before)
+                for stage in STAGES:
+                    seconds[stage].append(watch.seconds[stage])
     return seconds
 
 

@@ -42,6 +42,8 @@ class Segment:
     options: Annotated[SegmentOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SegmentOptions)
     report: Path | None = None
     """Write volumes, pictures and tokens as one HTML page here."""
+    profile: bool = False
+    """Print the time of each stage."""
 
     def execute(self) -> int:
         """Segment, print volumes, return 1 if a case failed."""
@@ -65,19 +67,23 @@ class Segment:
         with Terminal() as terminal:
             results = segment_files(chosen.models, self.input, self.output, terminal, options=self.options)
         failed = [result for result in results if result.mask is None]
-        single = not self.output.is_dir()
-        if single and failed:
+        if failed and not self.output.is_dir():  # one case, one file
             raise TokenSegError(failed[0].error)
         say(f"engine: {chosen.engine}, {chosen.precision}, {device.type}")
+        self._print(results, failed)
+        self._write_report(models[0], results)
+        return 1 if failed else 0
+
+    def _print(self, results: list[CaseResult], failed: list[CaseResult]) -> None:
         for result in results:
             _print_case(result)
         for result in failed:
             say(f"error: {result.case_id}: {result.error}")
-        if not single:
+        if self.output.is_dir():
             print(f"{len(results) - len(failed)} of {len(results)} cases segmented; {self.output / 'summary.csv'}")
+        if self.profile and len(failed) < len(results):
+            _print_profile(results)
         print(NOTICE)
-        self._write_report(models[0], results)
-        return 1 if failed else 0
 
     def _write_report(self, model: Model, results: list[CaseResult]) -> None:
         if self.report is None:
@@ -90,6 +96,17 @@ class Segment:
         tokens = tokens_of_largest(model, results, cases)
         segmentation_report(self.report, results, cases, plan, date.today().isoformat(), tokens=tokens)
         say(f"report: {self.report}")
+
+
+def _print_profile(results: list[CaseResult]) -> None:
+    """Seconds a stage: mean over the cases that came to it, and the share of all."""
+    stages = list(dict.fromkeys(stage for result in results for stage in result.seconds))
+    totals = {stage: sum(result.seconds.get(stage, 0.0) for result in results) for stage in stages}
+    everything = sum(totals.values())
+    print(f"{'stage':<16}{'mean s':>9}{'share':>8}")
+    for stage, total in totals.items():
+        count = sum(stage in result.seconds for result in results)
+        print(f"{stage:<16}{total / count:>9.2f}{total / everything:>8.0%}")
 
 
 def _print_case(result: CaseResult) -> None:
