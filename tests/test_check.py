@@ -67,18 +67,44 @@ def test_relations(second, kind, difference):
     assert relate_grids(grid(), second) == (kind, difference)
 
 
+def centres(of: Grid) -> np.ndarray:
+    indices = np.stack(np.meshgrid(*map(np.arange, of.shape), indexing="ij"), axis=-1)
+    return indices @ of.affine[:3, :3].T + of.affine[:3, 3]
+
+
 def test_resampling_keeps_things_where_they_are():
     """A ramp along the world, read at other voxels of a turned grid, is still that ramp."""
     source, target = grid(moved(turn=0.3), (30, 30, 30)), grid(moved(shift_mm=4.0, stretch_mm=-0.5), (8, 9, 10))
-
-    def ramp(of: Grid) -> np.ndarray:
-        indices = np.stack(np.meshgrid(*map(np.arange, of.shape), indexing="ij"), axis=-1)
-        return (indices @ of.affine[:3, :3].T + of.affine[:3, 3]) @ np.array([1.0, 3.0, 7.0])
-
-    inside = resample(np.ones(source.shape, np.uint8), source, target, order=0) > 0
-    resampled = resample(ramp(source), source, target, order=1)
+    ramp = np.array([1.0, 3.0, 7.0])
+    in_source = (centres(target) - source.affine[:3, 3]) @ np.linalg.inv(source.affine[:3, :3]).T
+    inside = ((in_source >= 0) & (in_source <= 29)).all(axis=-1)
+    resampled = resample(centres(source) @ ramp, source, target, order=1)
     assert inside.mean() > 0.5
-    np.testing.assert_allclose(resampled[inside], ramp(target)[inside], atol=0.05 * 7)
+    np.testing.assert_allclose(resampled[inside], (centres(target) @ ramp)[inside], atol=0.01)
+
+
+@pytest.mark.parametrize("flip", [(1, 1, -1), (-1, 1, 1), (-1, -1, -1)])
+def test_the_same_voxels_stored_otherwise_come_back_whole(flip):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 5, (5, 6, 7))
+    first = grid(
+        nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.5) @ np.diag([0.7, 1.2, 5.0]), [3, 4, 5]),
+        (5, 6, 7),
+    )
+    turn = np.diag([*flip, 1.0])
+    turn[:3, 3] = [(size - 1) if sign < 0 else 0 for sign, size in zip(flip, first.shape, strict=True)]
+    stored = Grid(first.shape, 1, first.affine @ turn)
+    kept = values[:: flip[0], :: flip[1], :: flip[2]]
+    np.testing.assert_array_equal(resample(kept, stored, first, order=0), values)
+
+
+def test_the_outer_half_voxel_is_inside():
+    """5 mm slices of ones, read at 1 mm over the same box, are ones to the edge, and beyond it they are not."""
+    thick = Grid((4, 4, 4), 1, np.diag([1.0, 1.0, 5.0, 1.0]))
+    fine = np.diag([1.0, 1.0, 1.0, 1.0])
+    fine[2, 3] = -2.0
+    assert resample(np.ones((4, 4, 4), np.uint8), thick, Grid((4, 4, 20), 1, fine), order=0).all()
+    assert resample(np.ones((4, 4, 4), np.uint8), thick, Grid((4, 4, 22), 1, fine), order=0).sum() == 4 * 4 * 20
 
 
 def test_a_good_dataset_has_no_findings(tmp_path):
@@ -173,6 +199,97 @@ def test_a_0_255_mask_is_listed_and_comes_back_as_255(tmp_path, write):
     assert findings_of(tmp_path / "mended") == []
 
 
+def test_one_0_255_mask_among_others_is_left_to_the_user(tmp_path):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    replace(root, "labelsTr", 1, phantom(1, shape=SMALL)[1] * np.uint8(255))
+    (finding,) = findings_of(root)
+    assert not finding.fixable
+    assert "divide the masks by 255" in finding.mend
+
+
+def test_an_interpolated_mask_of_several_labels_is_not_rounded(tmp_path):
+    """Between 0 and 2 lies 1, which is another label."""
+    root = write_msd(tmp_path / "d", 2, shape=SMALL, labels={1: "a", 2: "b"})
+    replace(root, "labelsTr", 0, phantom(0, shape=SMALL)[1] * np.float32(0.6))
+    (finding,) = findings_of(root)
+    assert not finding.fixable
+    assert "interpolated" in finding.mend
+
+
+def test_a_lost_header_is_not_resampled(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    image, mask = phantom(0, shape=SMALL)
+    replace(root, "imagesTr", 0, image[0], nib.affines.from_matvec(np.diag([1.2, 1.2, 1.2]), [-3, -3, -3]))
+    replace(root, "labelsTr", 0, mask, np.eye(4))
+    (finding,) = findings_of(root)
+    assert not finding.fixable
+    assert "was a header lost?" in finding.mend
+
+
+def test_wrong_numbers_of_channels_and_no_foreground_at_all(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL, channels=("a", "b"))
+    replace(root, "imagesTr", 0, phantom(0, shape=SMALL)[0][0])
+    for case in range(2):
+        replace(root, "labelsTr", case, np.zeros(SMALL, np.uint8))
+    errors = [each.text for each in findings_of(root) if each.severity == "error"]
+    assert errors == ["no mask has any foreground", "case_000.nii.gz holds 1 channel(s), the dataset lists 2"]
+
+
+def test_files_named_by_path_are_never_overwritten(tmp_path):
+    root = write_nnunet(tmp_path / "d", 2, shape=SMALL)
+    shutil.move(root / "labelsTr" / "case_000.nii.gz", tmp_path / "elsewhere.nii.gz")
+    listed = {
+        f"case_00{n}": {
+            "images": [f"imagesTr/case_00{n}_0000.nii.gz"],
+            "label": "../elsewhere.nii.gz" if n == 0 else "labelsTr/case_001.nii.gz",
+        }
+        for n in range(2)
+    }
+    change_json(root / "dataset.json", dataset=listed)
+    write_nifti(tmp_path / "elsewhere.nii.gz", phantom(0, shape=SMALL)[1] * np.float32(0.999))
+    before = (tmp_path / "elsewhere.nii.gz").read_bytes()
+    with pytest.raises(DataError, match="names files by their paths; copy them"):
+        mended(root, tmp_path / "mended")
+    assert (tmp_path / "elsewhere.nii.gz").read_bytes() == before
+    assert not (tmp_path / "mended").exists()
+
+
+def test_what_cannot_be_mended_stays_as_it_is(tmp_path):
+    root = write_nnunet(tmp_path / "d", 3, shape=SMALL, channels=("T1", "T2"))
+    (root / "imagesTr" / "case_000_0001.nii.gz").write_bytes(b"nothing")
+    replace(root, "labelsTr", 0, phantom(0, shape=SMALL)[1] * np.float32(0.999))
+    (root / "notes.txt").write_text("kept")
+    for path in root.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    out = mended(root, tmp_path / "mended")
+    assert (out / "imagesTr" / "case_000_0001.nii.gz").read_bytes() == b"nothing"
+    assert (out / "notes.txt").read_text() == "kept"
+    assert [each.kind for each in findings_of(out)] == ["file"]
+    for path in root.rglob("*"):
+        path.chmod(0o755)
+
+
+def test_nan_becomes_the_lowest_value_of_its_own_channel(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL, channels=("a", "b"))
+    image = np.moveaxis(phantom(0, shape=SMALL, num_channels=2)[0], 0, -1).copy()
+    image[..., 1] += 1000
+    image[1, 1, 1, 1] = np.nan
+    replace(root, "imagesTr", 0, image)
+    dataset = open_dataset(mended(root, tmp_path / "mended"))
+    back = load_case(dataset, dataset.cases[0]).volume.array
+    assert back[1, 1, 1, 1] == np.nanmin(image[..., 1])
+
+
+def test_pictures_of_odd_cases(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=(12, 13, 1), name="a$_$b")
+    for path in (root / "labelsTr").iterdir():
+        write_nifti(path, nib.load(path).get_fdata().astype(np.float32) * 0.99)
+    words = ["check", str(root), "--pictures", str(tmp_path / "pictures")]
+    assert main(words) == 1
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert main(words) == 2  # the folder is not empty
+
+
 def test_unlisted_values_are_left_to_the_user(tmp_path):
     root = write_msd(tmp_path / "d", 2, shape=SMALL)
     replace(root, "labelsTr", 0, phantom(0, shape=SMALL)[1] * np.uint8(7))
@@ -185,7 +302,7 @@ def test_odd_images(tmp_path):
     root = write_msd(tmp_path / "d", 6, shape=SMALL, channels=("CT",))
     for case in range(6):
         values = np.random.default_rng(case).normal(40, 20, SMALL).astype(np.float32)
-        replace(root, "imagesTr", case, values + (1024 if case == 2 else 0))
+        replace(root, "imagesTr", case, values + (1024 if case == 2 else 0))  # one of them is not in Hounsfield units
     replace(root, "imagesTr", 3, phantom(3, shape=SMALL)[1].astype(np.float32))
     replace(root, "imagesTr", 4, np.full(SMALL, 5, np.float32))
     sheared = np.eye(4)
@@ -225,9 +342,7 @@ def test_files_against_the_first(tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.nii") for name in "abc"]
     assert main(["check", *paths]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(
-        "error: c.nii: c.nii against a.nii: same place, other grid (spacing by 1 mm). Resample one"
-    )
+    assert out[0].startswith("error: c.nii: c.nii against a.nii: same place, other grid (spacing by 1 mm). As many")
     assert out[1] == "3 files: 1 error(s), 0 warning(s), 0 note(s)"
 
 

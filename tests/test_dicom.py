@@ -332,12 +332,10 @@ def test_phases_of_one_series_each_by_time(tmp_path):
     assert phase_table(exam, PLAN) == ()
 
 
-@pytest.mark.parametrize(
-    "tag", ["TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "AcquisitionTime", "ContentTime"]
-)
+@pytest.mark.parametrize("tag", ["TemporalPositionIdentifier", "TriggerTime", "AcquisitionNumber", "AcquisitionTime"])
 def test_phases_within_one_series(tmp_path, tag):
     tags = {"StudyInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid()}
-    values = {"AcquisitionTime": ["102000", "102130", "102300"], "ContentTime": ["102000", "102130", "102300"]}
+    values = {"AcquisitionTime": ["102000", "102130", "102300"]}
     for number in (2, 0, 1):
         value = values.get(tag, [1, 2, 10])[number]
         write_series(tmp_path / "exam" / str(number), tags=tags | {tag: value}, add=100 * number)
@@ -555,11 +553,17 @@ def test_protocols_are_numbers(tmp_path):
     "tags", [{"EchoTime": 2.4}, {"FlipAngle": 25.0}, {"ScanOptions": "FS"}, {"RepetitionTime": 900.0}]
 )
 def test_what_may_be_a_phase_is_not_left_out(tmp_path, tags):
-    write_phases(tmp_path / "exam", FlipAngle=10.0, RepetitionTime=4.0)
+    write_phases(tmp_path / "exam", FlipAngle=10.0, RepetitionTime=4.0, ScanOptions="PFP")
     study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "8").iterdir())).StudyInstanceUID}
-    usual = {"FlipAngle": 10.0, "RepetitionTime": 4.0, "AcquisitionTime": "101000", "SeriesDescription": "pre"}
+    usual = {
+        "FlipAngle": 10.0,
+        "RepetitionTime": 4.0,
+        "ScanOptions": "PFP",
+        "AcquisitionTime": "101000",
+        "SeriesDescription": "pre",
+    }
     write_series(tmp_path / "exam" / "pre", tags=study | usual | tags)
-    with pytest.raises(DataError, match=r"pre, MR, .* may be a phase or not: it has the grid of the others"):
+    with pytest.raises(DataError, match=r"pre, MR, .* may be a phase or not: same place as the others"):
         read(tmp_path / "exam", plan=DCE)
     assert len(read(tmp_path / "exam", "dyn", plan=DCE).channels) == 3
 
@@ -570,7 +574,11 @@ def test_computed_series_are_no_phases(tmp_path):
     for number, kind in enumerate(
         (["DERIVED", "SECONDARY", "PEI"], ["ORIGINAL", "PRIMARY", "SUB1"], ["DERIVED", "PRIMARY"])
     ):
-        tags = {"ImageType": kind, "SeriesDescription": f"dyn {number} map", "AcquisitionTime": f"1100{number:02d}"}
+        tags = {
+            "ImageType": kind,
+            "SeriesDescription": f"{'dyn' if number < 2 else 'map'} {number}",
+            "AcquisitionTime": f"1100{number:02d}",
+        }
         write_series(tmp_path / "exam" / f"x{number}", tags=study | tags)
     assert len(read(tmp_path / "exam", plan=DCE).channels) == 3
     assert len(read(tmp_path / "exam", "dyn", plan=DCE).channels) == 3
@@ -677,3 +685,97 @@ def test_a_deflated_file_behind_a_long_header_is_not_inflated(tmp_path):
     dataset.save_as(tmp_path / "x.dcm", enforce_file_format=True)
     with pytest.raises(FileError, match="deflated DICOM file"):
         list_exams(tmp_path / "x.dcm")
+
+
+def write_one_series(root: Path, number_of_phases: int, tags_of) -> None:
+    """All phases in one series; `tags_of(phase, slice)` gives the tags of a file."""
+    shared = {"StudyInstanceUID": generate_uid(), "SeriesInstanceUID": generate_uid()}
+    for phase in range(number_of_phases):
+
+        def change(index: int, dataset: Dataset, phase: int = phase) -> None:
+            for name, value in tags_of(phase, index).items():
+                setattr(dataset, name, value)
+
+        write_series(root / str(phase), tags=shared, add=100 * phase, change=change)
+
+
+@pytest.mark.parametrize(
+    "tags_of",
+    [
+        lambda phase, index: {"TriggerTime": 10 * phase + 0.1 * index},
+        lambda phase, index: {"AcquisitionTime": f"10{20 + 2 * phase}{10 + index}.25"},
+        lambda phase, index: {"TemporalPositionIdentifier": phase + 1, "TriggerTime": 5.0},
+    ],
+)
+def test_slices_of_a_phase_may_differ_in_time(tmp_path, tags_of):
+    write_one_series(tmp_path / "exam", 3, tags_of)
+    volume = read(tmp_path / "exam", plan=DCE)
+    assert [int(array.mean() - volume.array[0].mean()) for array in volume.array] == [0, 100, 200]
+    check_in_place(volume)
+
+
+@pytest.mark.parametrize(
+    ("tags_of", "said"),
+    [
+        (lambda phase, index: {"AcquisitionTime": "1020", "ContentTime": f"10{20 + phase}"}, "tells them apart"),
+        (lambda phase, _: {"AcquisitionDate": "", "AcquisitionTime": ["235900", "000100"][phase]}, "around midnight"),
+        (lambda phase, index: {"TriggerTime": 2 * index + phase}, "tells them apart"),
+        (lambda phase, _: {"EchoTime": [2.0, 4.6][phase]}, "several echo times"),
+    ],
+)
+def test_phases_of_one_series_that_have_no_order(tmp_path, tags_of, said):
+    write_one_series(tmp_path / "exam", 2, tags_of)
+    with pytest.raises(DataError, match=said):
+        read(tmp_path / "exam", plan=DCE)
+
+
+@pytest.mark.parametrize("fault", ["short", "shifted", "echo"])
+def test_a_phase_on_another_grid_is_not_left_out(tmp_path, fault):
+    write_phases(tmp_path / "exam", numbers=(0, 2, 3))
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "9").iterdir())).StudyInstanceUID}
+    heights = [STEP_MM * index + (1.5 if fault == "shifted" else 0) for index in range(7 if fault == "short" else 8)]
+    echo = {"EchoTime": 4.0} if fault == "echo" else {}
+    tags = study | echo | {"AcquisitionTime": "102130", "SeriesDescription": "second"}
+    write_series(tmp_path / "exam" / "second", tags=tags, heights_mm=heights)
+    with pytest.raises(DataError, match=r"second, MR, .*may be a phase or not"):
+        read(tmp_path / "exam", plan=DCE)
+
+
+def test_phases_that_the_user_names_may_be_derived(tmp_path):
+    write_phases(tmp_path / "exam", numbers=(0, 1))
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "9").iterdir())).StudyInstanceUID}
+    registered = {"ImageType": ["DERIVED", "PRIMARY", "M"], "AcquisitionTime": "102530", "SeriesDescription": "dyn 2"}
+    write_series(tmp_path / "exam" / "registered", tags=study | registered)
+    assert len(read(tmp_path / "exam", "dyn", plan=DCE).channels) == 3
+
+
+def test_diffusion_beside_a_dce_exam(tmp_path):
+    write_phases(tmp_path / "exam")
+    study = {"StudyInstanceUID": dcmread(next((tmp_path / "exam" / "9").iterdir())).StudyInstanceUID}
+    uid = {"SeriesInstanceUID": generate_uid(), "EchoTime": 60.0, "SeriesDescription": "DWI"}
+    for number in range(3):
+        tags = study | uid | {"TemporalPositionIdentifier": number + 1, "AcquisitionTime": f"11{number:02d}00"}
+        write_series(tmp_path / "exam" / f"dwi{number}", tags=tags)
+    assert len(read(tmp_path / "exam", plan=DCE).channels) == 3
+
+
+@pytest.mark.parametrize("content", [b"", bytes(2000), b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + bytes(500)])
+def test_files_that_lost_their_beginning_are_refused(tmp_path, content):
+    path = max(write_series(tmp_path / "exam"))
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="is empty or has lost its beginning, among DICOM files"):
+        read(tmp_path / "exam")
+
+
+def test_an_archive_of_macos_and_films_of_pictures(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+    paths = write_series(tmp_path / "exam", tags=study)
+    film = image_dataset(SecondaryCaptureImageStorage, study | {"SeriesDescription": "CAD"})
+    set_pixels(film, np.zeros((5, 4, 6), np.int16))
+    film.NumberOfFrames = 5
+    film.save_as(tmp_path / "exam" / "film", enforce_file_format=True)
+    with zipfile.ZipFile(tmp_path / "exam.zip", "w") as archive:
+        for path in [*paths, tmp_path / "exam" / "film"]:
+            archive.write(path, path.name)
+            archive.writestr(f"__MACOSX/._{path.name}.dcm", b"\x00\x05\x16\x07")
+    check_in_place(read(tmp_path / "exam.zip"))

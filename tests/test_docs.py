@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tokenseg.demo
@@ -123,15 +124,28 @@ def test_formats_and_dicom_work_as_described(tmp_path: Path, monkeypatch: pytest
     assert Plan.model_validate(plan).labels[0].coding is not None
 
 
+def test_cohorts_work_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_untrained(Path("run"))
+    for number in range(3):
+        write_nifti(Path(f"SCANS/scan{number}.nii.gz"), phantom(number)[0][0])
+    for command in commands("cohorts.md"):
+        run(command, {})
+    names = {path.name for path in Path("masks").iterdir()}
+    assert {"summary.csv", "status.jsonl", "summary.1-of-2.csv", "scan2.nii.gz"} <= names
+
+
 def test_checking_works_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_msd(Path("DATASET"), 3)
+    write_nifti(Path("DATASET/labelsTr/case_001.nii.gz"), phantom(1)[1] * np.float32(0.999))
     for name in ("A", "B"):
         write_nifti(Path(f"{name}.nii.gz"), phantom(0)[0][0])
-    for command in commands("check.md"):
-        run(command, {})
-    assert json.loads(Path("findings.json").read_text()) == []
-    assert Path("MENDED/dataset.json").is_file()
+    codes = [main(shlex.split(command)[1:]) for command in commands("check.md")]
+    assert codes == [1, 1, 0]  # errors, errors that are mended, files on one grid
+    assert [finding["case_id"] for finding in json.loads(Path("findings.json").read_text())] == ["case_001"]
+    assert Path("pictures/case_001.png").is_file()
+    assert main(["check", "MENDED"]) == 0
 
 
 def test_a_dce_exam_works_as_described(

@@ -248,7 +248,7 @@ def test_a_folder_becomes_a_folder_with_each_ending_kept(toy, tmp_path):
     recorder = Recorder()
     results = segment_files([toy], tmp_path / "in", tmp_path / "out", recorder)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("last.nii", "scan0.nii.gz", "scan1.nii.gz", "summary.csv")
+        *("last.nii", "scan0.nii.gz", "scan1.nii.gz", "status.jsonl", "summary.csv")
     ]
     assert [result.case_id for result in results] == ["last", "scan0", "scan1"]
     assert recorder.lines == ["segmenting 3", "last", "scan0", "scan1"]
@@ -319,7 +319,7 @@ def test_an_interrupted_run_lists_what_was_not_reached(toy, tmp_path):
     assert [(row["case"], row["error"]) for row in summary(tmp_path / "out")] == [
         *(("scan0", ""), ("scan1", "not segmented yet"), ("scan2", "not segmented yet"))
     ]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "status.jsonl", "summary.csv"]
     # The same call again finishes it.
     assert all(result.mask for result in segment_files([toy], folder, tmp_path / "out"))
     assert {row["error"] for row in summary(tmp_path / "out")} == {""}
@@ -369,7 +369,7 @@ def test_dataset_layouts(toy, tmp_path):
     for layout, ending in (("msd", ".nii.gz"), ("nnunet", ".nii")):
         segment_files([toy], tmp_path / layout, tmp_path / f"{layout}_out")
         masks = sorted(path.name for path in (tmp_path / f"{layout}_out").iterdir())
-        assert masks == [f"case_00{index}{ending}" for index in range(3)] + ["summary.csv"]
+        assert masks == [f"case_00{index}{ending}" for index in range(3)] + ["status.jsonl", "summary.csv"]
 
 
 @pytest.mark.parametrize("output", ["mask.dcm", "mask", "mask.nii.gz.txt", "."])
@@ -515,7 +515,7 @@ def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
     segment_files([toy], source, tmp_path / "out")
     (source / "scan1.nii.gz").write_bytes(b"broken")
     assert [result.mask is None for result in segment_files([toy], source, tmp_path / "out")] == [False, True]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "status.jsonl", "summary.csv"]
 
 
 def test_each_stage_is_timed(tmp_path, capsys):

@@ -7,7 +7,9 @@ caller is touched.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +44,9 @@ def draw_cases(dataset: Dataset, findings: Sequence[Finding], folder: Path, prog
     for case in dataset.cases:
         if case.case_id not in texts:
             continue
-        try:
-            content = _draw(case, texts[case.case_id])
-        except TokenSegError:
-            content = b""
-        if content:
-            write_atomically(folder / f"{case.case_id}.png", content)
+        with suppress(TokenSegError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # matplotlib on letters that its font lacks
+            write_atomically(folder / f"{case.case_id}.png", _draw(case, texts[case.case_id]))
         progress.advance(case.case_id)
 
 
@@ -57,7 +56,8 @@ def _draw(case: Case, texts: Sequence[str]) -> bytes:
 
     grid = read_grid(case.images[0])
     _, values = read_values(case.images[0])
-    first = np.nan_to_num(values if values.ndim == 3 else values[..., 0]).astype(np.float32)
+    channel = values if values.ndim == 3 else values[..., 0]
+    first = np.nan_to_num(channel.astype(np.float32), posinf=0.0, neginf=0.0)
     image, spacing_mm = to_canonical(first, grid.affine)
     mask = to_canonical(_mask_on(case, grid), grid.affine)[0]
     figure = Figure(figsize=(12, 4.6), dpi=_DOTS_PER_INCH)
@@ -69,11 +69,11 @@ def _draw(case: Case, texts: Sequence[str]) -> bytes:
         across, up = (axis for axis in range(3) if axis != normal)
         aspect = spacing_mm[up] / spacing_mm[across]
         axes.imshow(image.take(index, normal).T, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
-        if mask.take(index, normal).any():
+        if mask.take(index, normal).any() and min(mask.take(index, normal).shape) > 1:
             axes.contour(mask.take(index, normal).T, levels=[0.5], colors="#FFF23D", linewidths=1)
         axes.set_title(f"{name} {index}", fontsize=9)
         axes.set_axis_off()
-    figure.suptitle(case.case_id + "\n" + "\n".join(texts[:3]), fontsize=9, x=0.02, ha="left")
+    figure.suptitle(case.case_id + "\n" + "\n".join(texts[:3]), fontsize=9, x=0.02, ha="left", parse_math=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", facecolor="white", metadata={"Software": "tokenseg"})
     return content.getvalue()

@@ -5,6 +5,7 @@ A file is checked as a whole: every fault in it is reported at once, with its do
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from itertools import accumulate
@@ -252,6 +253,22 @@ class SegmentOptions:
     empty_seg: bool = False
     """DICOM: of an exam without findings write a segmentation that is all background, instead of a JSON file that
     says so."""
+    shard: str = ""
+    """Part of a cohort, such as 2/8: every eighth case from the second on, for as many jobs side by side."""
+
+    def part(self) -> tuple[int, int]:
+        """Number and count of the shard; (1, 1) without one.
+
+        Raises:
+            ConfigError: It is not of the form i/n with 1 <= i <= n.
+        """
+        if not self.shard:
+            return 1, 1
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.shard)
+        number, count = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= number <= count:
+            raise ConfigError(f"--shard {self.shard}: must be i/n with i from 1 to n, such as 2/8")
+        return number, count
 
 
 @dataclass(frozen=True, kw_only=True)

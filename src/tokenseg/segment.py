@@ -23,6 +23,7 @@ from torch import Tensor
 from tokenseg.checkpoint import Model
 from tokenseg.config import Label, Plan, SegmentOptions
 from tokenseg.data.cases import Case, first_few
+from tokenseg.data.dicom_files import DicomFile
 from tokenseg.data.dicom_seg import (
     NO_FINDINGS_ENDING,
     SEG_ENDING,
@@ -40,10 +41,13 @@ from tokenseg.errors import ConfigError, FileError, ModelError, TokenSegError
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.progress import Progress, Silent
 from tokenseg.shapes import MaskArray
+from tokenseg.status import CaseStatus, append_status, case_key, file_digest, is_current, peak_mib, read_statuses
 from tokenseg.steering import predict_full, predict_steered
 from tokenseg.stopwatch import Stopwatch
 
-SUMMARY_NAME = "summary.csv"
+SUMMARY_NAME, STATUS_NAME = "summary.csv", "status.jsonl"
+_SUMMARIES = 100
+"""How often the summary is written on the way, at most; each time as a whole."""
 
 _NO_MEMORY = "{} needs more memory than there is; check the spacing in its header, or use a computer with more memory"
 
@@ -148,6 +152,7 @@ def segment_files(
     """
     check_ensemble(models)
     options = options or SegmentOptions()
+    part, count = options.part()
     cases = list_inputs(input_path, models[0].facts.plan, options.series)
     is_dicom = cases[0].exam is not None
     endings = (*IMAGE_ENDINGS, ".dcm") if is_dicom else IMAGE_ENDINGS
@@ -158,6 +163,7 @@ def segment_files(
         _check_output_file(output_path, input_path, endings)
         return [_segment_case(models, cases[0], output_path, options)]
     _check_output_folder(output_path, cases)
+    cases = cases[part - 1 :: count]
     return segment_cases(models, cases, output_path, progress or Silent(), options=options)
 
 
@@ -169,23 +175,84 @@ def segment_cases(
     *,
     options: SegmentOptions | None = None,
 ) -> list[CaseResult]:
-    """Segment cases into `folder`: `CASE` with the input's ending, and `summary.csv` kept up to date."""
+    """Segment cases into `folder`: `CASE` with the input's ending.
+
+    Beside the masks are `status.jsonl`, a line a case as it is done, and `summary.csv`, kept up to date. Cases that an
+    earlier call did from the same input with the same weights and settings are not done again.
+    """
+    options = options or SegmentOptions()
+    status_path, summary_path = (folder / _part_name(name, options) for name in (STATUS_NAME, SUMMARY_NAME))
+    plan = models[0].facts.plan
     # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
     results = [CaseResult(case.case_id, None, {}, "not segmented yet") for case in cases]
     remove_leftovers(folder)
-    write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
+    write_atomically(summary_path, _summary(results, plan))
+    earlier = read_statuses(folder)
+    settings = _key_settings(models, options)
     progress.stage("segmenting", len(cases))
     for number, case in enumerate(cases):
-        target = folder / _mask_name(case)
-        results[number] = _segment_case(models, case, target, options or SegmentOptions())
-        if results[number].mask is None:
-            # A mask of an earlier call would pass for a result of this one.
-            target.unlink(missing_ok=True)
-            if case.exam is not None:
-                _no_findings_file(target).unlink(missing_ok=True)
-        write_atomically(folder / SUMMARY_NAME, _summary(results, models[0].facts.plan))
+        # Weights that were never saved have no fingerprint: with them everything is done anew.
+        key = case_key(case, settings) if all(model.facts.weights_sha256 for model in models) else ""
+        known = earlier.get(case.case_id)
+        if known is not None and is_current(known, key, folder):
+            results[number] = _known_result(known, folder)
+        else:
+            results[number] = _segment_into(models, case, folder, options)
+            append_status(status_path, _status(results[number], key))
+        if number % max(1, len(cases) // _SUMMARIES) == 0 or number == len(cases) - 1:
+            write_atomically(summary_path, _summary(results, plan))
         progress.advance(case.case_id)
     return results
+
+
+def _segment_into(models: Sequence[Model], case: Case, folder: Path, options: SegmentOptions) -> CaseResult:
+    target = folder / _mask_name(case)
+    result = _segment_case(models, case, target, options)
+    if result.mask is None:
+        # A mask of an earlier call would pass for a result of this one.
+        target.unlink(missing_ok=True)
+        if case.exam is not None:
+            _no_findings_file(target).unlink(missing_ok=True)
+    return result
+
+
+def _key_settings(models: Sequence[Model], options: SegmentOptions) -> list[str]:
+    """All that a mask depends on besides the input."""
+    weights = [model.facts.weights_sha256 for model in models]
+    engines = ["torch" if model.compiled is None else "openvino" for model in models]
+    wanted = [str(options.full), str(options.empty_seg), options.series]
+    return [version("tokenseg"), *weights, *engines, models[0].device.type, *wanted]
+
+
+def _status(result: CaseResult, key: str) -> CaseStatus:
+    mask = result.mask
+    return CaseStatus(
+        case=result.case_id,
+        state="failed" if mask is None else "done",
+        key=key,
+        mask="" if mask is None else mask.name,
+        mask_sha256="" if mask is None else file_digest([DicomFile(mask)]),
+        volumes_ml=result.volumes_ml,
+        windows_run=result.windows_run,
+        windows_full=result.windows_full,
+        warnings=result.warnings,
+        notes=result.notes,
+        error=result.error,
+        seconds={stage: round(seconds, 3) for stage, seconds in result.seconds.items()},
+        peak_mib=peak_mib(),
+    )
+
+
+def _known_result(status: CaseStatus, folder: Path) -> CaseResult:
+    windows = status.windows_run, status.windows_full
+    mask = folder / status.mask
+    return CaseResult(status.case, mask, status.volumes_ml, "", *windows, status.warnings, status.notes)
+
+
+def _part_name(name: str, options: SegmentOptions) -> str:
+    number, count = options.part()
+    stem, ending = name.split(".")
+    return name if count == 1 else f"{stem}.{number}-of-{count}.{ending}"
 
 
 def check_ensemble(models: Sequence[Model]) -> None:
@@ -311,12 +378,15 @@ def _check_output_folder(output: Path, cases: Sequence[Case]) -> None:
 
 
 def _cases_in_summary(folder: Path) -> set[str]:
-    """Cases that an earlier call wrote here; none where the summary is absent or not ours."""
-    try:
-        with (folder / SUMMARY_NAME).open(newline="", encoding="utf-8") as file:
-            return {row["case"] for row in csv.DictReader(file)}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError):
-        return set()
+    """Cases that an earlier call wrote here; none where summaries are absent or not ours."""
+    cases: set[str] = set()
+    for path in folder.glob("summary*.csv"):
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                cases |= {row["case"] for row in csv.DictReader(file)}
+        except (OSError, UnicodeDecodeError, csv.Error, KeyError):
+            continue
+    return cases
 
 
 def _average(logits: list[Float[Tensor, "L X Y Z"]], *, regions: bool) -> Float[Tensor, "L X Y Z"]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tokenseg.commands.checks import check_outputs, needs_extra, refuse_file
+from tokenseg.commands.checks import check_outputs, needs_extra, refuse_used_folder
 from tokenseg.errors import ConfigError
 from tokenseg.terminal import Terminal, say
 
 if TYPE_CHECKING:
+    from tokenseg.data.cases import Dataset
     from tokenseg.data.findings import Finding
 
 
@@ -43,24 +44,36 @@ class Check:
             raise ConfigError("give a dataset folder, or two or more files to compare with the first of them")
         if self.pictures is not None:
             needs_extra("plot", "matplotlib")
-            refuse_file(self.pictures)
+            refuse_used_folder(self.pictures)
         with Terminal() as terminal:
             if not is_dataset:
-                findings, count = check_files(self.paths), len(self.paths)
+                findings = check_files(self.paths)
+                self._print(findings, len(self.paths), "files")
             else:
                 dataset = open_dataset(self.paths[0])
-                findings, count = check_dataset(dataset, terminal), len(dataset.cases)
-                if self.pictures is not None:
-                    from tokenseg.case_picture import draw_cases
-
-                    draw_cases(dataset, findings, self.pictures, terminal)
                 if self.fix is not None:
-                    from tokenseg.data.mending import mend_dataset
+                    from tokenseg.data.mending import check_target
 
-                    changed = mend_dataset(dataset, findings, self.fix, terminal)
-                    say(f"{self.fix}: a copy, {changed} file(s) of it mended")
-        self._print(findings, count, "cases" if is_dataset else "files")
+                    check_target(dataset, self.fix)
+                findings = check_dataset(dataset, terminal)
+                self._print(findings, len(dataset.cases), "cases")
+                self._use(dataset, findings, terminal)
         return 1 if any(finding.severity == "error" for finding in findings) else 0
+
+    def _use(self, dataset: Dataset, findings: list[Finding], terminal: Terminal) -> None:
+        if self.pictures is not None:
+            from tokenseg.case_picture import draw_cases
+
+            draw_cases(dataset, findings, self.pictures, terminal)
+        if self.fix is None:
+            return
+        if not any(finding.fixable for finding in findings):
+            say(f"nothing that --fix mends; {self.fix} is not made")
+            return
+        from tokenseg.data.mending import mend_dataset
+
+        changed = mend_dataset(dataset, findings, self.fix, terminal)
+        say(f"{self.fix}: a copy, {len(changed)} file(s) of it mended")
 
     def _print(self, findings: list[Finding], count: int, what: str) -> None:
         from tokenseg.files import write_atomically

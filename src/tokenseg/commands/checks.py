@@ -58,6 +58,17 @@ def refuse_file(folder: Path) -> None:
         raise FileError(f"{folder} is a file; name a folder, which is made if it is not there")
 
 
+def refuse_used_folder(folder: Path) -> None:
+    """Refuse a folder with something in it: what is written there must not mix with, or replace, what was.
+
+    Raises:
+        FileError: It is a file, or not empty.
+    """
+    refuse_file(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileError(f"{folder} is not empty; name a new folder")
+
+
 def needs_extra(extra: str, *modules: str) -> None:
     """Refuse to begin without the packages of an optional extra.
 

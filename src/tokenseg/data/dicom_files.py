@@ -86,7 +86,14 @@ def find_dicom(root: Path) -> list[DicomFile]:
         files = _members(root)
     else:
         files = [DicomFile(root)]
-    return [file for file in files if _is_dicom(file)]
+    found = [file for file in files if _is_dicom(file)]
+    folders = {_folder(file) for file in found}
+    for file in set(files) - set(found):
+        if _folder(file) in folders and _looks_lost(file):
+            raise FileError(
+                f"{file} is empty or has lost its beginning, among DICOM files; copy it again, or take it out"
+            )
+    return found
 
 
 def may_be_dicom(path: Path) -> bool:
@@ -182,6 +189,8 @@ def _members(archive_path: Path) -> list[DicomFile]:
     except (OSError, *_BROKEN_MEMBER, *_UNREADABLE_MEMBER) as error:
         raise FileError(f"{archive_path} is not an intact zip archive ({error}); copy it again") from error
     members = sorted(archive.infolist(), key=lambda member: member.filename)
+    # macOS puts a second, hidden file beside each.
+    members = [each for each in members if not _is_hidden(each.filename)]
     large = [member.filename for member in members if member.file_size >= MAX_MEMBER_BYTES]
     if large:
         raise FileError(f"{archive_path} has a member of 2 GiB or more ({large[0]}); unpack it and give the folder")
@@ -199,6 +208,22 @@ def _is_dicom(file: DicomFile) -> bool:
     if named_so or cut_off:
         raise FileError(f"{file} is truncated, or not DICOM although it is named so; copy it again, or take it out")
     return False
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) and part != ".." for part in Path(name).parts)
+
+
+def _folder(file: DicomFile) -> Path:
+    return Path(file.member).parent if file.member else file.path.parent
+
+
+def _looks_lost(file: DicomFile) -> bool:
+    """Empty, zeros, or DICOM elements without the preamble before them."""
+    if not file.member and not file.path.is_file():
+        return False
+    start = _start(file)
+    return not any(start) or start[:2] in (b"\x02\x00", b"\x08\x00")
 
 
 def _start(file: DicomFile) -> bytes:

@@ -6,13 +6,14 @@ as one is an error and not left out, since all phases count in the intensities t
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from tokenseg.data.dicom_grid import SAME_POSITION_MM, Placement, heights_mm
 from tokenseg.data.dicom_series import PHASE_TAGS, Frame, Series
@@ -20,8 +21,10 @@ from tokenseg.errors import DataError, GeometryError
 
 _COMPUTED_TYPES = ("SUB", "MIP", "MINIP", "MIN IP", "PROJECTION", "MPR", "PEI", "MAP")
 _PROTOCOL_TOLERANCE = 0.01
-_SIMILAR_ECHO = 2.0
+_SIMILAR_ECHO = 3.0
 _LONGEST_UNDATED = timedelta(hours=12)
+_CLOCK_TAGS = ("FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime")
+_FIRST_MOMENT = datetime(1, 1, 2, tzinfo=UTC)
 
 
 class Phase(NamedTuple):
@@ -45,15 +48,17 @@ def split_phases(series: Series) -> list[Phase]:
     places = _places(series.frames)
     if len(places) < len(series.frames) or not places:
         raise GeometryError(f"{series}: {len(series.frames) - len(places)} slice(s) have no ImagePositionPatient")
-    per_position = len(places) / _num_positions(places)
+    positions = _by_position(series.frames)
+    per_position = len(places) / len(positions)
     if per_position == 1:
         return [Phase(_acquired(series.frames), 0.0, series, series.frames)]
     if len({frame.protocol[:2] for frame in series.frames}) > 1:
         raise DataError(f"{series}: holds several echo times, which are no phases; choose another series")
-    for tag in PHASE_TAGS:
-        phases = _split_by(tag, series, per_position)
-        if phases:
-            return phases
+    if len({len(frames) for frames in positions}) == 1:
+        for tag in PHASE_TAGS:
+            phases = _split_by(tag, series, len(positions[0]))
+            if phases:
+                return phases
     raise DataError(
         f"{series}: positions hold {per_position:g} slices on average, and none of {', '.join(PHASE_TAGS)} tells them "
         "apart evenly: phases are incomplete, or files are duplicated"
@@ -73,7 +78,7 @@ def choose_phases(series: Sequence[Series], least: int, *, by_user: bool) -> lis
     """
     plain = [each for each in series if not is_computed(each)]
     # Phases may have been registered to each other, but not beside those that they were made of.
-    originals = [each for each in plain if "DERIVED" not in each.image_type] or plain
+    originals = plain if by_user else [each for each in plain if "DERIVED" not in each.image_type] or plain
     phases, unusable = _split_all(originals)
     if by_user and unusable:
         raise unusable[0][1]
@@ -85,6 +90,9 @@ def choose_phases(series: Sequence[Series], least: int, *, by_user: bool) -> lis
         else:
             group.append(phase)
     exams = [group for group in groups if len(group) >= least]
+    if len(exams) > 1:  # contrast is followed with a short echo time; diffusion and T2 series have long ones
+        shortest = min(exams, key=lambda group: _echo(group[0].frames[0]) or math.inf)
+        exams = [group for group in exams if _echoes_alike(shortest[0].frames[0], group[0].frames[0])]
     if not exams and unusable:
         raise unusable[0][1]
     if len(exams) != 1:
@@ -111,22 +119,52 @@ def _split_all(series: Sequence[Series]) -> tuple[list[Phase], list[tuple[Series
     return phases, unusable
 
 
-def _split_by(tag: str, series: Series, per_position: float) -> list[Phase]:
-    """Phases by the values of a tag; none where it does not give each phase every position once."""
-    groups: dict[str, list[Frame]] = defaultdict(list)
-    for frame in series.frames:
-        groups[frame.phase_tags.get(tag, "")].append(frame)
-    size = len(series.frames) / per_position
-    if len(groups) != per_position or "" in groups:
+def _split_by(tag: str, series: Series, count: int) -> list[Phase]:
+    """Phases by the order of a tag's values at each position; none where phases would overlap in it.
+
+    Slices of one phase may differ in it, as trigger times do from slice to slice.
+    """
+    ranked: list[list[tuple[float, Frame]]] = [[] for _ in range(count)]
+    for frames in _by_position(series.frames):
+        values = [(value, frame) for frame in frames if (value := _value(frame, tag)) is not None]
+        if len(values) != count:
+            return []
+        for rank, each in zip(ranked, sorted(values, key=lambda value: value[0]), strict=True):
+            rank.append(each)
+    extremes = [(min(value for value, _ in rank), max(value for value, _ in rank)) for rank in ranked]
+    if any(latest >= earliest for (_, latest), (earliest, _) in pairwise(extremes)):
         return []
-    if any(len(group) != size or _num_positions(_places(group)) != size for group in groups.values()):
-        return []
-    ordered = sorted(groups.items(), key=lambda item: (_as_number(item[0]), item[0]))
-    phases = [Phase(_acquired(group), float(place), series, tuple(group)) for place, (_, group) in enumerate(ordered)]
+    groups = [tuple(frame for _, frame in rank) for rank in ranked]
+    phases = [Phase(_acquired(group), float(place), series, group) for place, group in enumerate(groups)]
     times = [phase.acquired for phase in phases if phase.acquired is not None]
     if times != sorted(times):
         raise DataError(f"{series}: {tag} and the times of acquisition give different orders of the phases")
+    if tag in _CLOCK_TAGS and times[0].year == 1 and times[-1] - times[0] > _LONGEST_UNDATED:
+        raise DataError(f"{series}: phases cannot be ordered: the date of acquisition is missing around midnight")
     return phases
+
+
+def _value(frame: Frame, tag: str) -> float | None:
+    """A number that grows with the tag; None where it is absent."""
+    if tag in _CLOCK_TAGS:
+        return None if frame.acquired is None else (frame.acquired - _FIRST_MOMENT).total_seconds()
+    try:
+        return float(frame.phase_tags[tag])
+    except (KeyError, ValueError):
+        return None
+
+
+def _by_position(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Frames of each position along the normal."""
+    heights = heights_mm(_places(frames))
+    groups: list[list[Frame]] = []
+    last = -math.inf
+    for height, frame in sorted(zip(heights, frames, strict=True), key=lambda each: each[0]):
+        if height - last >= SAME_POSITION_MM:
+            groups.append([])
+        groups[-1].append(frame)
+        last = height
+    return groups
 
 
 def _belong_together(first: Phase, second: Phase) -> bool:
@@ -134,7 +172,7 @@ def _belong_together(first: Phase, second: Phase) -> bool:
 
 
 def _of_one_protocol(first: Frame, second: Frame) -> bool:
-    if first.options != second.options:
+    if first.options and second.options and first.options != second.options:
         return False
     return all(
         one is None or other is None or abs(one - other) <= _PROTOCOL_TOLERANCE * max(abs(one), abs(other))
@@ -144,34 +182,60 @@ def _of_one_protocol(first: Frame, second: Frame) -> bool:
 
 def _on_one_grid(first: Sequence[Frame], second: Sequence[Frame]) -> bool:
     """Whether slices fill the same box, within a millimetre."""
-    places = [_places(frames) for frames in (first, second)]
-    if not all(places) or places[0][0].size != places[1][0].size:
+    boxes = _box_mm(first), _box_mm(second)
+    if boxes[0] is None or boxes[1] is None or _places(first)[0].size != _places(second)[0].size:
         return False
-    orientations = [np.reshape(each[0].orientation, (2, 3)) for each in places]
-    if not np.allclose(orientations[0], orientations[1], rtol=0, atol=1e-2):
+    return np.allclose(boxes[0], boxes[1], rtol=0, atol=1.0)
+
+
+def _overlap(first: Sequence[Frame], second: Sequence[Frame]) -> bool:
+    """Whether slices of one orientation fill more than half of the smaller box together."""
+    boxes = _box_mm(first), _box_mm(second)
+    if boxes[0] is None or boxes[1] is None:
         return False
-    extents = [
-        [*(orientation @ each[0].position), min(heights_mm(each)), max(heights_mm(each))]
-        for orientation, each in zip(orientations, places, strict=True)
-    ]
-    return np.allclose(extents[0], extents[1], rtol=0, atol=1.0)
+    turned = np.asarray(_places(first)[0].orientation) - np.asarray(_places(second)[0].orientation)
+    low, high = np.maximum(boxes[0][0], boxes[1][0]), np.minimum(boxes[0][1], boxes[1][1])
+    sizes = [np.maximum(box[1] - box[0], 1.0) for box in boxes if box is not None]
+    shared = np.maximum(high - low, 0.0) / np.minimum(*sizes)
+    return bool(np.abs(turned).max() <= 1e-2 and (shared > 0.5).all())
+
+
+def _box_mm(frames: Sequence[Frame]) -> Float[np.ndarray, "2 3"] | None:
+    """Lowest and highest place along rows, columns and normal; None where a slice has no place."""
+    places = _places(frames)
+    if not places or len(places) < len(frames):
+        return None
+    first = places[0]
+    corner = np.reshape(first.orientation, (2, 3)) @ first.position
+    rows, columns = first.size
+    extent = (columns * first.spacing_mm[1], rows * first.spacing_mm[0])
+    heights = heights_mm(places)
+    return np.array([[*corner, min(heights)], [*(corner + extent), max(heights)]], dtype=np.float64)
 
 
 def _check_none_left_out(
     exam: Sequence[Phase], others: Sequence[Phase], unusable: Sequence[tuple[Series, DataError]]
 ) -> None:
-    """Refuse to go on without a series that may be a phase: same grid, and an echo time that is not far off."""
+    """Refuse to go on without a series that may be a phase: same place, and an echo time that is not far off."""
     for series, error in unusable:
-        if _on_one_grid(exam[0].frames, series.frames) and _echoes_alike(exam[0].frames[0], series.frames[0]):
+        if _may_belong(exam[0].frames, series.frames):
             raise error
     for phase in others:
-        if _on_one_grid(exam[0].frames, phase.frames) and _echoes_alike(exam[0].frames[0], phase.frames[0]):
-            raise DataError(f"{phase.series} may be a phase or not: it has the grid of the others and another protocol")
+        if _may_belong(exam[0].frames, phase.frames):
+            raise DataError(f"{phase.series} may be a phase or not: same place as the others, another grid or protocol")
+
+
+def _may_belong(exam: Sequence[Frame], frames: Sequence[Frame]) -> bool:
+    return _overlap(exam, frames) and _echoes_alike(exam[0], frames[0])
 
 
 def _echoes_alike(first: Frame, second: Frame) -> bool:
-    one, other = first.protocol[0] or first.protocol[1], second.protocol[0] or second.protocol[1]
+    one, other = _echo(first), _echo(second)
     return not one or not other or max(one, other) < _SIMILAR_ECHO * min(one, other)
+
+
+def _echo(frame: Frame) -> float | None:
+    return frame.protocol[0] or frame.protocol[1]
 
 
 def _in_order(phases: Sequence[Phase]) -> list[Phase]:
@@ -199,15 +263,3 @@ def _acquired(frames: Sequence[Frame]) -> datetime | None:
 
 def _places(frames: Sequence[Frame]) -> list[Placement]:
     return [frame.placement for frame in frames if frame.placement is not None]
-
-
-def _num_positions(places: Sequence[Placement]) -> int:
-    heights = np.sort(heights_mm(places))
-    return 1 + int((np.diff(heights) >= SAME_POSITION_MM).sum())
-
-
-def _as_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("inf")

@@ -78,7 +78,30 @@ def write_seg(path: Path, segments: Sequence[Segment], like: Volume, *, model_na
     library = _library()
     if not isinstance(like.header, DicomSlices):
         raise DataError(f"{path}: the scan was not read from DICOM; write the mask as .nii.gz")
-    sources = _sources(like.header, like.spacing_mm[2])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what pydicom and highdicom forgive
+            seg = _make(library, segments, like, like.header, model_name, version)
+    except (MemoryError, FileError):
+        raise
+    except Exception as error:  # whatever of the scan's own tags the libraries do not take
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise DataError(
+            f"{path}: no DICOM segmentation can be made with this scan's headers ({reason}); name the mask .nii.gz"
+        ) from error
+    with replaced_on_success(path) as temporary:
+        seg.save_as(temporary)
+
+
+def _make(
+    library: Any,  # noqa: ANN401 - a module
+    segments: Sequence[Segment],
+    like: Volume,
+    slices: DicomSlices,
+    model_name: str,
+    version: str,
+) -> Any:  # noqa: ANN401
+    sources = _sources(slices, like.spacing_mm[2])
     # Axes column, row, slice become slice, row, column; the segments come last.
     pixels = np.stack([segment.voxels.transpose(2, 1, 0) for segment in segments], axis=-1)
     names = _segment_names([segment.label for segment in segments])
@@ -86,38 +109,28 @@ def write_seg(path: Path, segments: Sequence[Segment], like: Volume, *, model_na
         _description(number, name, segment.label.coding or _UNKNOWN, model_name, version)
         for number, (name, segment) in enumerate(zip(names, segments, strict=True), start=1)
     ]
-    in_file_order = len(sources) > 1 or [n for _, n in like.header.frames] == list(range(_num_frames(sources[0])))
-    one_frame_each = all(_num_frames(source) == 1 and not _is_enhanced(source) for source in sources)
-    as_they_are = in_file_order and (one_frame_each or len(sources) == 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            seg = library.seg.Segmentation(
-                source_images=sources if as_they_are else sources[:1],
-                pixel_array=pixels if as_they_are else _volume(pixels, like, sources[0]),
-                segmentation_type="BINARY",
-                segment_descriptions=descriptions,
-                series_instance_uid=library.UID(),
-                series_number=_series_number(sources[0]),
-                sop_instance_uid=library.UID(),
-                instance_number=1,
-                manufacturer="TokenSeg",
-                manufacturer_model_name="tokenseg",
-                software_versions=version,
-                device_serial_number="0",
-                series_description=_text(f"TokenSeg, {NOT_CLINICAL}: {model_name}"),
-                content_description=_text(f"Automatic segmentation, {NOT_CLINICAL}"),
-            )
-        seg.SpecificCharacterSet = _UNICODE
-    except (MemoryError, FileError):
-        raise
-    except Exception as error:  # whatever of the scan's own tags highdicom does not take
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise DataError(
-            f"{path}: no DICOM segmentation can be made with this scan's headers ({reason}); name the mask .nii.gz"
-        ) from error
-    with replaced_on_success(path) as temporary:
-        seg.save_as(temporary)
+    # Slice by slice where files are slices, or one file has them in this order; else the mask says itself where it is.
+    slice_by_slice = not any(map(_is_enhanced, sources)) or (
+        len(sources) == 1 and [number for _, number in slices.frames] == list(range(_num_frames(sources[0])))
+    )
+    seg = library.seg.Segmentation(
+        source_images=sources if slice_by_slice else sources[:1],
+        pixel_array=pixels if slice_by_slice else _volume(pixels, like, sources[0]),
+        segmentation_type="BINARY",
+        segment_descriptions=descriptions,
+        series_instance_uid=library.UID(),
+        series_number=_series_number(sources[0]),
+        sop_instance_uid=library.UID(),
+        instance_number=1,
+        manufacturer="TokenSeg",
+        manufacturer_model_name="tokenseg",
+        software_versions=version,
+        device_serial_number="0",
+        series_description=_text(f"TokenSeg, {NOT_CLINICAL}: {model_name}"),
+        content_description=_text(f"Automatic segmentation, {NOT_CLINICAL}"),
+    )
+    seg.SpecificCharacterSet = _UNICODE
+    return seg
 
 
 def write_no_findings(path: Path, labels: Sequence[Label], *, model_name: str, version: str) -> None:

@@ -33,7 +33,6 @@ PHASE_TAGS = (
     "FrameAcquisitionDateTime",
     "AcquisitionDateTime",
     "AcquisitionTime",
-    "ContentTime",
 )
 """Tags that may tell the phases of one series apart, the most telling first."""
 
@@ -158,6 +157,8 @@ def _frames(file: DicomFile, dataset: Dataset) -> Iterator[Frame]:
         shared, groups = (dataset.get(name) for name in _FUNCTIONAL_GROUPS)
         levels = [[dataset]] if groups is None else [[own, *(shared or ()), dataset] for own in groups]
         declared = int(dataset.get("NumberOfFrames") or 1)
+        if declared > 1 and groups is None and "ImagePositionPatient" not in dataset:
+            return  # a film of pictures
         if declared != len(levels):
             raise FileError(f"{file} declares {declared} frames and describes {len(levels)}; export it again")
         for number, frame_levels in enumerate(levels):
@@ -180,7 +181,7 @@ def _frame(file: DicomFile, number: int, size: tuple[int, int], levels: list[Dat
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
         phase_tags={name: str(found[name]) for name in PHASE_TAGS if found[name] is not None},
-        protocol=tuple(None if found[name] is None else float(found[name]) for name in PROTOCOL_TAGS),
+        protocol=tuple(_float_or_none(found[name]) for name in PROTOCOL_TAGS),
         options=_text(levels[-1], "ScanOptions"),
         acquired=_acquired(levels),
         fault=_fault(levels[-1]),
@@ -215,10 +216,10 @@ def _acquired(levels: list[Dataset]) -> datetime | None:
     """When the frame was acquired; the time of its file or series being written is another thing and not taken."""
     dataset = levels[-1]
     moment = _find(levels, "FrameContentSequence", "FrameAcquisitionDateTime") or dataset.get("AcquisitionDateTime")
-    if not moment:
+    match = _MOMENT.fullmatch(str(moment or "").strip())
+    if match is None:  # absent, or a date without a time
         time = _text(dataset, "AcquisitionTime")
-        moment = (_text(dataset, "AcquisitionDate") or "00010101") + time if time else ""
-    match = _MOMENT.fullmatch(str(moment).strip())
+        match = _MOMENT.fullmatch((_text(dataset, "AcquisitionDate") or "00010102") + time)
     if match is None:
         return None
     zone = match["zone"] or _text(dataset, "TimezoneOffsetFromUTC")
@@ -253,6 +254,13 @@ def _text(dataset: Dataset, name: str) -> str:
 def _several(dataset: Dataset, name: str) -> Iterable[object]:
     value = dataset.get(name)
     return () if value is None else [value] if isinstance(value, str) else value
+
+
+def _float_or_none(value: object) -> float | None:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # absent, or several values
+        return None
 
 
 def _as_number(text: str) -> float:

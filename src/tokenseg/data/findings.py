@@ -1,7 +1,8 @@
 """What is wrong with a dataset, or only odd: every case looked at, every finding with what mends it.
 
-`tokenseg train` stops at what it cannot use; this goes on, and sees what training would not notice: the same image in
-two cases, a channel that holds a mask, one scan in other units than the rest.
+`tokenseg train` stops at what it cannot use; this goes on from case to case, and sees what training would not notice:
+the same image in two cases, a channel that holds a mask, one scan in other units than the rest. Only a dataset that
+cannot be opened at all (its `dataset.json`, files that are missing) is an error by itself.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
+from nibabel.orientations import io_orientation
 
 from tokenseg.data.cases import Case, Dataset, first_few
+from tokenseg.data.fingerprint import label_remedy
 from tokenseg.data.formats import read_values
-from tokenseg.data.grids import relate_grids
+from tokenseg.data.grids import fill_one_box, relate_grids
 from tokenseg.data.volume import Grid, read_grid
 from tokenseg.errors import TokenSegError
 from tokenseg.progress import Progress
@@ -28,6 +31,10 @@ Severity: TypeAlias = Literal["error", "warning", "note"]
 
 SHEAR_TOLERANCE = 1e-3
 """Largest cosine between two axes of an affine that counts as a right angle."""
+LISTS_255 = "0/255"
+"""Kind of the finding that `--fix` mends in `dataset.json` and not in masks."""
+ROUNDING = 0.01
+"""How far from whole numbers the values of a mask may be to be rounded."""
 FEW_VALUES = 16
 """An image with at most so many distinct values looks like a mask."""
 OUTLIER = 8.0
@@ -60,7 +67,9 @@ class _Facts:
     """Cases by the fingerprint of an image."""
     spacings: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     medians: dict[str, list[tuple[str, float]]] = field(default_factory=lambda: defaultdict(list))
-    """Cases and their median intensity, by channel; only of channels in Hounsfield units."""
+    """Cases and their median intensity in the foreground, by channel; only of channels in Hounsfield units."""
+    label_values: dict[str, tuple[Path, set[int]]] = field(default_factory=dict)
+    """Mask and its values, by case."""
 
 
 def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
@@ -71,7 +80,8 @@ def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
     for case in dataset.cases:
         findings += _check_case(dataset, case, facts)
         progress.advance(case.case_id)
-    findings += [*_duplicates(facts, dataset), *_spacing_outliers(facts), *_intensity_outliers(facts)]
+    findings += [*_value_findings(dataset, facts), *_duplicates(facts)]
+    findings += [*_spacing_outliers(facts), *_intensity_outliers(facts)]
     order = ("error", "warning", "note")
     return sorted(findings, key=lambda finding: (order.index(finding.severity), finding.case_id, finding.kind))
 
@@ -94,25 +104,29 @@ def check_files(paths: Sequence[Path]) -> list[Finding]:
 
 def _check_case(dataset: Dataset, case: Case, facts: _Facts) -> Iterator[Finding]:
     grids: list[tuple[Path, Grid]] = []
-    channels = case.channels or dataset.source_channels
-    for path, channel in zip(case.images, [*channels, *[""] * len(case.images)], strict=False):
+    for path in case.images:
         try:
             grid = read_grid(path)
-            yield from _image_findings(dataset, case, path, channel, facts)
+            yield from _image_findings(dataset, case, path, grid, facts)
         except TokenSegError as error:
             yield Finding("error", case.case_id, "file", str(error))
             continue
         if grids:
             yield from _grid_findings(case.case_id, grids[0][0], grids[0][1], path, grid, fixable=True)
         else:
-            facts.spacings[case.case_id] = grid.spacing_mm
+            facts.spacings[case.case_id] = _canonical_spacing(grid)
             yield from _affine_findings(case.case_id, path, grid.affine)
         grids.append((path, grid))
     if case.label is not None:
-        yield from _label_findings(dataset, case, case.label, grids)
+        yield from _label_findings(dataset, case, case.label, grids, facts)
 
 
-def _image_findings(dataset: Dataset, case: Case, path: Path, channel: str, facts: _Facts) -> Iterator[Finding]:
+def _image_findings(dataset: Dataset, case: Case, path: Path, grid: Grid, facts: _Facts) -> Iterator[Finding]:
+    channels = case.channels or dataset.source_channels
+    wanted = 1 if len(case.images) > 1 else len(channels)
+    if grid.num_channels != wanted:
+        text = f"{path.name} holds {grid.num_channels} channel(s), the dataset lists {wanted}"
+        yield Finding("error", case.case_id, "channels", text, "give each file its channels, or change dataset.json")
     _, values = read_values(path)
     finite = np.isfinite(values)
     if not finite.all():
@@ -128,11 +142,11 @@ def _image_findings(dataset: Dataset, case: Case, path: Path, channel: str, fact
     if len(np.unique(sample)) <= FEW_VALUES and len(np.unique(values)) <= FEW_VALUES:
         text = f"{path.name} holds {len(np.unique(values))} distinct values, as a mask does"
         yield Finding("warning", case.case_id, "values", text, "is it the image?")
-    if channel in dataset.channels and dataset.ct_channels[dataset.channels.index(channel)]:
-        facts.medians[channel].append((case.case_id, float(np.median(sample))))
 
 
-def _label_findings(dataset: Dataset, case: Case, path: Path, grids: list[tuple[Path, Grid]]) -> Iterator[Finding]:
+def _label_findings(
+    dataset: Dataset, case: Case, path: Path, grids: list[tuple[Path, Grid]], facts: _Facts
+) -> Iterator[Finding]:
     try:
         _, values = read_values(path)
         grid = read_grid(path)
@@ -144,21 +158,53 @@ def _label_findings(dataset: Dataset, case: Case, path: Path, grids: list[tuple[
     if values.ndim != 3:
         yield Finding("error", case.case_id, "label", f"{path.name} is {values.ndim}D; a mask is 3D", "export it again")
         return
-    if not np.isfinite(values).all() or (values != np.rint(values)).any():
-        yield _fixable("error", case, "label", f"{path.name} holds values that are no whole numbers")
-        values = np.rint(np.nan_to_num(values))
-    found = {int(value) for value in np.unique(values)}
-    listed = {0, *(value for label in dataset.labels for value in label.values)}
-    if found - listed:
-        unlisted = first_few([str(value) for value in sorted(found - listed)])
-        text = f"{path.name} holds the values {unlisted}, which the dataset does not list"
-        if found <= {0, 255} and len(dataset.labels) == 1 and dataset.layout != "mamamia":
+    whole = np.rint(np.nan_to_num(values))
+    away = float(np.abs(np.nan_to_num(values) - whole).max())
+    if not np.isfinite(values).all() or away > 0:
+        text = f"{path.name} holds values that are no whole numbers"
+        if away <= ROUNDING or len(dataset.labels) == 1:
             yield _fixable("error", case, "label", text)
         else:
-            mend = "add them with their names under labels of dataset.json, or change them in the file"
+            # Between two labels lies a third one, so rounding would invent it.
+            mend = "it was interpolated: export it again, with the nearest value"
             yield Finding("error", case.case_id, "label", text, mend)
-    elif found == {0}:
-        yield Finding("note", case.case_id, "label", f"{path.name} has no foreground")
+    facts.label_values[case.case_id] = path, {int(value) for value in np.unique(whole)}
+    for image_path, image_grid in grids:
+        if relate_grids(image_grid, grid).kind in ("identical", "rounding"):
+            _note_median(dataset, case, image_path, whole != 0, facts)
+
+
+def _note_median(
+    dataset: Dataset, case: Case, path: Path, foreground: Bool[np.ndarray, "X Y Z"], facts: _Facts
+) -> None:
+    """Keep the median intensity in the foreground, of a channel in Hounsfield units."""
+    channels = case.channels or dataset.source_channels
+    channel = channels[case.images.index(path)]
+    is_ct = channel in dataset.channels and dataset.ct_channels[dataset.channels.index(channel)]
+    if not is_ct or len(case.images) != len(channels) or not foreground.any():
+        return
+    _, values = read_values(path)
+    if values.ndim == 3:
+        facts.medians[channel].append((case.case_id, float(np.median(values[foreground]))))
+
+
+def _value_findings(dataset: Dataset, facts: _Facts) -> Iterator[Finding]:
+    """Values that no label names; only once all masks are known it shows whether all are 0/255."""
+    listed = {0, *(value for label in dataset.labels for value in label.values)}
+    is_json = dataset.layout != "mamamia"
+    all_255 = all(found <= {0, 255} for _, found in facts.label_values.values())
+    for case_id, (path, found) in facts.label_values.items():
+        if found - listed:
+            unlisted = first_few([str(value) for value in sorted(found - listed)])
+            text = f"{path.name} holds the values {unlisted}, which the dataset does not list"
+            if all_255 and len(dataset.labels) == 1 and is_json:
+                yield Finding("error", case_id, LISTS_255, text, "--fix OUT lists 255 in a copy", fixable=True)
+            else:
+                yield Finding("error", case_id, "label", text, label_remedy(dataset, found))
+        elif found == {0}:
+            yield Finding("note", case_id, "label", f"{path.name} has no foreground")
+    if facts.label_values and all(found == {0} for _, found in facts.label_values.values()):
+        yield Finding("error", "all cases", "label", "no mask has any foreground", "are they the right files?")
 
 
 def _grid_findings(
@@ -172,9 +218,13 @@ def _grid_findings(
         text = f"{against}: in another place ({relation.difference})"
         yield Finding("error", case_id, "grid", text, "they do not belong together, or a header is wrong: export again")
     elif relation.kind == "other grid":
+        # With as many voxels and another affine, more likely the header is wrong than the voxels are elsewhere.
+        lost = first.shape == grid.shape and not fill_one_box(first, grid)
         text = f"{against}: same place, other grid ({relation.difference})"
         mend = "--fix OUT resamples it" if fixable else "resample one to the other"
-        yield Finding("error", case_id, "grid", text, mend, fixable=fixable)
+        if lost:
+            mend = "as many voxels at other places: was a header lost? If so copy it, else resample one to the other"
+        yield Finding("error", case_id, "grid", text, mend, fixable=fixable and not lost)
 
 
 def _affine_findings(case_id: str, path: Path, affine: Affine) -> Iterator[Finding]:
@@ -185,19 +235,14 @@ def _affine_findings(case_id: str, path: Path, affine: Affine) -> Iterator[Findi
         yield Finding("warning", case_id, "affine", text, "it is treated as upright; resample it to an upright grid")
 
 
-def _duplicates(facts: _Facts, dataset: Dataset) -> Iterator[Finding]:
-    patients = {case.case_id: case.patient_id for case in dataset.cases}
+def _duplicates(facts: _Facts) -> Iterator[Finding]:
     for cases in facts.digests.values():
-        if len(cases) < 2:
-            continue
-        others = sorted(set(cases[1:])) or cases[1:]
-        same_patient = len({patients[case_id] for case_id in cases}) == 1
-        text = f"the same image as in {first_few(others)}"
-        if set(cases) == {cases[0]}:
-            yield Finding("warning", cases[0], "duplicate", "two of its channels are the same image", "export it again")
-        elif not same_patient:
+        others = sorted(set(cases) - {cases[0]})
+        if others:
             mend = "keep one: it may stand on both sides of a split, where it flatters the scores"
-            yield Finding("warning", cases[0], "duplicate", text, mend)
+            yield Finding("warning", cases[0], "duplicate", f"the same image as in {first_few(others)}", mend)
+        elif len(cases) > 1:
+            yield Finding("warning", cases[0], "duplicate", "two of its channels are the same image", "export it again")
 
 
 def _spacing_outliers(facts: _Facts) -> Iterator[Finding]:
@@ -228,6 +273,13 @@ def _fixable(severity: Severity, case: Case, kind: str, text: str) -> Finding:
     return Finding(severity, case.case_id, kind, text, "--fix OUT mends it in a copy", fixable=True)
 
 
+def _canonical_spacing(grid: Grid) -> tuple[float, float, float]:
+    """Along right, anterior, superior, however the voxels are stored."""
+    order = np.argsort(io_orientation(grid.affine)[:, 0])  # type: ignore[no-untyped-call]
+    return grid.spacing_mm[order[0]], grid.spacing_mm[order[1]], grid.spacing_mm[order[2]]
+
+
 def _digest(values: Shaped[np.ndarray, "*shape"]) -> str:
-    content = np.ascontiguousarray(values, dtype=np.float32)
-    return hashlib.sha256(str(content.shape).encode() + content.tobytes()).hexdigest()
+    digest = hashlib.sha256(str((values.shape, values.dtype)).encode())
+    digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()

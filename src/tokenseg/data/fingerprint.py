@@ -174,11 +174,12 @@ def _check_values(dataset: Dataset, case: Case, values: set[int]) -> None:
         return
     raise DataError(
         f"case {case.case_id}: {case.label.name} holds the label values {first_few(list(map(str, unlisted)))}, "
-        f"which the dataset does not list; it lists {', '.join(map(str, sorted(listed)))}. {_remedy(dataset, values)}"
+        f"which the dataset does not list; it lists {', '.join(map(str, sorted(listed)))}. "
+        f"{label_remedy(dataset, values)}"
     )
 
 
-def _remedy(dataset: Dataset, values: set[int]) -> str:
+def label_remedy(dataset: Dataset, values: set[int]) -> str:
     """What mends unlisted label values; values need not be consecutive, so listing them is often enough."""
     if dataset.layout == "mamamia":
         return "MAMA-MIA masks hold 0 and 1: write the tumour as 1 in the file"

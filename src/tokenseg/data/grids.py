@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from scipy.ndimage import affine_transform
 
 from tokenseg.data.volume import DIRECTION_TOLERANCE, POSITION_TOLERANCE_MM, SPACING_TOLERANCE_MM, Grid
-from tokenseg.shapes import times
+from tokenseg.shapes import Affine, times
 
 GridKind: TypeAlias = Literal["identical", "rounding", "other grid", "disjoint"]
 
+_SAME_BOX_MM = 0.01
+_EDGE_VOXELS = 1e-3
+"""What rounding of affines may put beyond the edge of a grid."""
 LEAST_OVERLAP = 0.1
 """Grids whose boxes share less than this of the smaller one are of different places."""
 
@@ -53,6 +56,12 @@ def relate_grids(first: Grid, second: Grid) -> GridRelation:
     return GridRelation(kind, "; ".join(beyond))
 
 
+def fill_one_box(first: Grid, second: Grid) -> bool:
+    """Whether the voxels of two grids fill one box in the world: finer, coarser, flipped, turned by right angles."""
+    boxes = _box_mm(first), _box_mm(second)
+    return bool(np.allclose(boxes[0], boxes[1], rtol=0, atol=_SAME_BOX_MM))
+
+
 def resample(
     values: Shaped[np.ndarray, "X Y Z"], grid: Grid, target: Grid, *, order: Literal[0, 1]
 ) -> Shaped[np.ndarray, "Xt Yt Zt"]:
@@ -60,17 +69,29 @@ def resample(
 
     Args:
         values: On `grid`.
-        grid: Where they are.
+        grid: Where they are; voxels reach half a voxel beyond their centres.
         target: Where they are wanted.
         order: 1 interpolates, to float32, with the lowest value beyond the grid; 0 takes the nearest, 0 beyond it.
     """
     to_source = np.linalg.inv(grid.affine) @ target.affine
-    outside = 0.0 if order == 0 else float(values.min())
     source = values if order == 0 else values.astype(np.float32)
     resampled: Shaped[np.ndarray, "Xt Yt Zt"] = affine_transform(
-        source, to_source[:3, :3], to_source[:3, 3], output_shape=target.shape, order=order, cval=outside
+        source, to_source[:3, :3], to_source[:3, 3], output_shape=target.shape, order=order, mode="nearest"
     )
+    resampled[_beyond(to_source, grid.shape, target.shape)] = 0 if order == 0 else values.min()
     return resampled
+
+
+def _beyond(
+    to_source: Affine, shape: tuple[int, int, int], target_shape: tuple[int, int, int]
+) -> Bool[np.ndarray, "Xt Yt Zt"]:
+    """Target voxels whose centre is in no voxel of the source."""
+    x, y, z = np.ogrid[: target_shape[0], : target_shape[1], : target_shape[2]]
+    beyond = np.zeros(target_shape, dtype=bool)
+    for row, size in zip(to_source[:3], shape, strict=True):
+        index = row[0] * x + row[1] * y + row[2] * z + row[3]
+        beyond |= (index < -0.5 - _EDGE_VOXELS) | (index > size - 0.5 + _EDGE_VOXELS)
+    return beyond
 
 
 def _overlap(first: Grid, second: Grid) -> float:

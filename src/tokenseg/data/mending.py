@@ -8,6 +8,7 @@ listed, so that the model writes 255 as the user does.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,93 +17,145 @@ import numpy as np
 from jaxtyping import Shaped
 
 from tokenseg.data.cases import Case, Dataset
-from tokenseg.data.findings import Finding
-from tokenseg.data.formats import Stored, mask_ending, read_values, write_values
-from tokenseg.data.grids import relate_grids, resample
+from tokenseg.data.datasets import list_dataset_images
+from tokenseg.data.findings import LISTS_255, ROUNDING, Finding
+from tokenseg.data.formats import Stored, read_header, read_values, write_values
+from tokenseg.data.grids import fill_one_box, relate_grids, resample
 from tokenseg.data.manifest import read_json
 from tokenseg.data.volume import Grid, read_grid
-from tokenseg.errors import DataError, FileError
+from tokenseg.errors import DataError, FileError, TokenSegError
 from tokenseg.files import replaced_folder, write_atomically
 from tokenseg.progress import Progress
 
 
-def mend_dataset(dataset: Dataset, findings: Sequence[Finding], out: Path, progress: Progress) -> int:
-    """Write a copy of a dataset in which what can be mended is; returns the number of files that differ.
-
-    Args:
-        dataset: As it is.
-        findings: From `check_dataset`; those that are not fixable stay as they are.
-        out: Folder to make; must not exist.
-        progress: Told about each case.
+def check_target(dataset: Dataset, out: Path) -> None:
+    """Refuse a place for the copy before the work and not after.
 
     Raises:
-        FileError: `out` exists or lies in the dataset, or a file cannot be read or written; then nothing is left there.
-        DataError: Files of the dataset lie outside its folder.
+        FileError: It exists, or lies in the dataset.
+        DataError: The dataset names its files by paths, which a copy cannot follow.
     """
     if out.exists():
         raise FileError(f"--fix {out} is there already; name a new folder")
     if out.resolve().is_relative_to(dataset.root.resolve()):
         raise FileError(f"--fix {out} lies in the dataset itself; name a folder beside it")
-    outside = [path for case in dataset.cases for path in _files(case) if not path.is_relative_to(dataset.root)]
-    if outside:
-        raise DataError(f"{outside[0]} lies outside {dataset.root}; copy the files into it first")
+    manifest = read_json(dataset.root / "dataset.json") if (dataset.root / "dataset.json").is_file() else {}
+    by_path = dataset.layout == "nnunet" and isinstance(manifest, dict) and "dataset" in manifest
+    if by_path or any(not _is_inside(path, dataset.root) for case in dataset.cases for path in _files(case)):
+        raise DataError(f"{dataset.root} names files by their paths; copy them into imagesTr/ and labelsTr/ for --fix")
+
+
+def mend_dataset(dataset: Dataset, findings: Sequence[Finding], out: Path, progress: Progress) -> list[str]:
+    """Write a copy of a dataset in which what can be mended is.
+
+    Args:
+        dataset: As it is.
+        findings: From `check_dataset`; those that are not fixable stay as they are.
+        out: Folder to make.
+        progress: Told about each case.
+
+    Returns:
+        Names of the files that differ.
+
+    Raises:
+        FileError: `out` cannot be used, see `check_target`, or written; then nothing is left there.
+        DataError: See `check_target`.
+    """
+    check_target(dataset, out)
     to_mend = {finding.case_id for finding in findings if finding.fixable}
     progress.stage("mending", len(dataset.cases))
-    num_changed = 0
+    changed: list[str] = []
     with replaced_folder(out) as folder:
-        shutil.copytree(dataset.root, folder, dirs_exist_ok=True)
-        if any(finding.fixable and finding.kind == "label" and "does not list" in finding.text for finding in findings):
+        for path in _all_files(dataset):
+            _copy(path, folder / path.relative_to(dataset.root))
+        if any(finding.kind == LISTS_255 for finding in findings):
             _list_255(folder / "dataset.json", dataset)
-            num_changed += 1
+            changed.append("dataset.json")
         for case in dataset.cases:
             if case.case_id in to_mend:
-                num_changed += _mend_case(dataset, case, folder)
+                changed += _mend_case(dataset, case, folder)
             progress.advance(case.case_id)
-    return num_changed
+    return changed
+
+
+def _all_files(dataset: Dataset) -> list[Path]:
+    """Files of the cases, further images, and what lies beside dataset.json."""
+    listed = list_dataset_images(dataset.root) or ()
+    images = {path for case in (*dataset.cases, *listed) for path in _files(case) if _is_inside(path, dataset.root)}
+    beside = {path for path in dataset.root.iterdir() if path.is_file() and not path.name.startswith(".")}
+    detached = {path.with_suffix(ending) for path in images for ending in (".raw", ".zraw") if path.suffix == ".mhd"}
+    return sorted(path for path in images | beside | detached if path.is_file())
+
+
+def _copy(path: Path, target: Path) -> None:
+    # Content alone: a mode that forbids writing would stand in the way of mending and of taking it back.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    return Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root))
 
 
 def _files(case: Case) -> list[Path]:
     return [*case.images, *([] if case.label is None else [case.label])]
 
 
-def _mend_case(dataset: Dataset, case: Case, folder: Path) -> int:
-    changed = 0
-    first = read_grid(case.images[0])
+def _mend_case(dataset: Dataset, case: Case, folder: Path) -> list[str]:
+    """Mend what can be read of a case; what cannot stays as it is."""
+    changed = []
+    try:
+        first = read_grid(case.images[0])
+        like = read_header(case.images[0])
+    except TokenSegError:
+        return []
     for path in _files(case):
-        stored, values = read_values(path)
-        is_mask = path == case.label
-        mended = _rounded(values) if is_mask else _finite(values)
-        grid = Grid((stored.shape[0], stored.shape[1], stored.shape[2]), 1, stored.affine)
-        elsewhere = values.ndim == 3 and relate_grids(first, grid).kind == "other grid"
-        if elsewhere:
-            mended = resample(mended, grid, first, order=0 if is_mask else 1)
-        if mended is values:
+        try:
+            mended = _mended(path, path == case.label, first, num_labels=len(dataset.labels))
+            own = read_header(path)
+        except TokenSegError:
             continue
-        like = read_values(case.images[0])[0] if elsewhere else stored
-        _write(folder / path.relative_to(dataset.root), mended, like)
-        changed += 1
+        if mended is not None and not path.name.endswith(".mhd"):  # two files, which are not written
+            _write(folder / path.relative_to(dataset.root), mended[0], like if mended[1] else own)
+            changed.append(path.name)
     return changed
 
 
+def _mended(
+    path: Path, is_mask: bool, first: Grid, *, num_labels: int
+) -> tuple[Shaped[np.ndarray, "*shape"], bool] | None:
+    """Mended values, and whether they are on the grid of the first channel now; None where nothing is to be done."""
+    stored, values = read_values(path)
+    mended = _rounded(values, num_labels) if is_mask else _finite(values)
+    grid = Grid((stored.shape[0], stored.shape[1], stored.shape[2]), 1, stored.affine)
+    elsewhere = values.ndim == 3 and relate_grids(first, grid).kind == "other grid"
+    if elsewhere and (first.shape != grid.shape or fill_one_box(first, grid)):
+        return resample(mended, grid, first, order=0 if is_mask else 1), True
+    return None if mended is values else (mended, False)
+
+
 def _finite(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
-    finite = np.isfinite(values)
-    if finite.all():
+    if np.isfinite(values).all():
         return values
-    lowest = values[finite].min() if finite.any() else 0
-    return np.where(finite, values, lowest).astype(np.float32)
+    mended = np.array(values, dtype=np.float32, order="C")
+    for channel in np.moveaxis(mended.reshape(*values.shape[:3], -1), 3, 0):
+        finite = np.isfinite(channel)
+        channel[~finite] = channel[finite].min() if finite.any() else 0
+    return mended
 
 
-def _rounded(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
-    if np.issubdtype(values.dtype, np.integer) or (np.isfinite(values).all() and (values == np.rint(values)).all()):
+def _rounded(values: Shaped[np.ndarray, "*shape"], num_labels: int) -> Shaped[np.ndarray, "*shape"]:
+    if np.issubdtype(values.dtype, np.integer):
         return values
-    whole: Shaped[np.ndarray, "*shape"] = np.rint(np.nan_to_num(values)).astype(np.int16)
-    return whole
+    known = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    whole = np.rint(known)
+    if np.array_equal(whole, values) or (np.abs(known - whole).max() > ROUNDING and num_labels > 1):
+        return values
+    mended: Shaped[np.ndarray, "*shape"] = whole.astype(np.int16 if np.abs(whole).max() < 2**15 else np.int32)
+    return mended
 
 
 def _write(path: Path, values: Shaped[np.ndarray, "*shape"], like: Stored) -> None:
-    ending = path.name[path.name.index(".") :]
-    if mask_ending(ending) != ending:
-        raise FileError(f"{path.name} is two files, which are not mended; convert it to .mha first")
     spacing = Grid((1, 1, 1), 1, like.affine).spacing_mm
     if values.dtype == np.float64:
         values = values.astype(np.float32)
