@@ -76,6 +76,14 @@ def accuracy_table(name: str) -> str:
     return printed(rows_of(f"{name}.csv"), rows_of(f"{name}_cases.csv"))
 
 
+def presets_table() -> str:
+    """TokenSeg `small` and `base` after the same time on the reported fold, the CPU without AMX."""
+    names = ("accuracy_fp32", "accuracy_base")
+    rows = [row for name in names for row in rows_of(f"{name}.csv") if row["network"].startswith("tokenseg")]
+    cases = [row for name in names for row in rows_of(f"{name}_cases.csv") if row["network"].startswith("tokenseg")]
+    return printed(rows, cases)
+
+
 def equal_steps_table() -> str:
     """Networks after about as many steps on the reported fold, of any day: budgets in minutes that came to that."""
     names = ("accuracy", "accuracy_0016", "accuracy_fp32", "accuracy_fp32_half")
@@ -158,6 +166,7 @@ def fill(text: str) -> str:
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "accuracy-left-atrium": partial(accuracy_table, "accuracy_left_atrium"),
         "equal-steps": equal_steps_table,
+        "presets": presets_table,
         "ablation": partial(accuracy_table, "ablation"),
         "steering": steering_table,
         "earlier": earlier_table,

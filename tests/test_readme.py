@@ -61,6 +61,7 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         assert table() in measurements
     assert tables.speed_table("bf16") in measurements
     assert tables.accuracy_table("ablation") in measurements
+    assert tables.presets_table() in measurements
     assert tables.accuracy_table("accuracy") in measurements
     builtin = (ROOT / "docs" / "hippocampus.md").read_text(encoding="utf-8")
     assert tables.fill(builtin) == builtin
