@@ -130,7 +130,8 @@ def test_a_folder_with_a_broken_case_ends_with_1(dataset, model, tmp_path, capsy
     assert "scan1: FAILED" in printed.out.splitlines()
     assert f"2 of 3 cases segmented; {tmp_path / 'out' / 'summary.csv'}" in printed.out
     assert f"error: scan1: {folder / 'scan1.nii.gz'} is truncated or empty" in printed.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "scan2.nii.gz", "summary.csv"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["scan0.nii.gz", "scan2.nii.gz", "status.jsonl", "summary.csv"]
 
 
 @pytest.fixture

@@ -24,7 +24,11 @@ FLAGS = {
         *("--seed", "--resume"),
     },
     ("demo",): {"--help"},
-    ("segment",): {"--help", "--model", "--folds", "--device", "--engine", "--threads", "--full", "--report"},
+    ("segment",): {
+        *("--help", "--model", "--folds", "--device", "--engine", "--threads", "--full", "--report", "--profile"),
+        *("--series", "--empty-seg", "--shard"),
+    },
+    ("check",): {"--help", "--fix", "--json", "--pictures"},
     ("evaluate",): {"--help", "--json", "--csv", "--report", "--tolerance-mm"},
     ("tokens",): {"--help", "--model", "--reference", "--json", "--picture"},
     ("info",): {"--help"},
@@ -42,6 +46,7 @@ FLAGS = {
 
 POSITIONALS = {
     "demo": ["OUT"],
+    "check": ["DATASET_OR_FILES"],
     "train": ["DATASET", "RUN"],
     "segment": ["INPUT", "OUTPUT"],
     "evaluate": ["PREDICTIONS", "REFERENCES"],
@@ -153,7 +158,7 @@ def test_commands_are_frozen(capsys):
 @pytest.mark.parametrize("command", POSITIONALS)
 def test_positional_arguments_are_frozen(capsys, command):
     usage = help_of(capsys, command).split("\n\n")[0]
-    assert [word for word in usage.split() if re.fullmatch("[A-Z]+", word)] == POSITIONALS[command]
+    assert [word for word in usage.split() if re.fullmatch("[A-Z_]+", word)] == POSITIONALS[command]
 
 
 @pytest.mark.parametrize("command", FLAGS)

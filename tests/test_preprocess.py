@@ -242,7 +242,8 @@ def test_logits_return_in_place_when_resampled(affine, target, offset_mm):
     restored = restore_logits(torch.stack([-inside, inside]), record, plan) == 1
     expected = distances_mm(shape, affine, centre_mm) <= 7.0
     assert dice(restored, expected) > 0.93
-    assert np.linalg.norm(centroid_mm(restored, affine) - centroid_mm(expected, affine)) < 0.1 * 0.7
+    # Whole voxels only, so the centre moves by up to a tenth of one; a slip of half a voxel would be five times that.
+    assert np.linalg.norm(centroid_mm(restored, affine) - centroid_mm(expected, affine)) < 0.15 * 0.7
 
 
 @settings(deadline=None, max_examples=25)

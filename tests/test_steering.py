@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phantoms import write_nifti
 from plans import make_plan
 from tokenseg.checkpoint import Model
-from tokenseg.config import Plan
+from tokenseg.config import Plan, SegmentOptions
 from tokenseg.data.coarse import coarse_image
 from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
@@ -295,7 +295,7 @@ def test_the_summary_counts_windows(tmp_path):
     model = toy_model(steep(), toy_plan())
     rows = {}
     for full in (False, True):
-        segment_files([model], tmp_path / "in", tmp_path / "out", full=full)
+        segment_files([model], tmp_path / "in", tmp_path / "out", options=SegmentOptions(full=full))
         with (tmp_path / "out" / "summary.csv").open(newline="") as file:
             rows[full] = [(row["windows_run"], row["windows_full"]) for row in csv.DictReader(file)]
     assert rows == {False: [("1", "60"), ("0", "64"), ("", "")], True: [("60", "60"), ("64", "64"), ("", "")]}

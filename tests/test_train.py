@@ -121,7 +121,7 @@ def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
     assert {path.name for path in (straight / "model").iterdir()} == {"weights.safetensors", "model.json", "README.md"}
     held_out = json.loads((straight / "splits.json").read_text())[0]["val"]
     assert {path.name for path in (straight / "validation").iterdir()} == {
-        *(f"{case_id}.nii.gz" for case_id in held_out), "summary.csv", "scores.json", "scores.csv",
+        *(f"{case_id}.nii.gz" for case_id in held_out), "summary.csv", "status.jsonl", "scores.json", "scores.csv",
     }  # fmt: skip
     facts = json.loads((straight / "run.json").read_text())
     assert {key: facts[key] for key in ("dataset", "preset", "fold", "seed", "total_steps", "threads")} == {
@@ -145,7 +145,7 @@ def test_no_file_of_a_run_is_a_pickle(dataset: Path, options: TrainOptions, tmp_
     files.remove(boards[0])
     named = [path for path in files if not path.name.startswith("events.out.tfevents.")]
     assert {"".join(path.suffixes) for path in named} == {
-        ".json", ".csv", ".toml", ".npy", ".safetensors", ".md", ".html", ".nii.gz",
+        ".json", ".jsonl", ".csv", ".toml", ".npy", ".safetensors", ".md", ".html", ".nii.gz",
     }  # fmt: skip
     assert not [path for path in files if path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK")]
     for path in files:

@@ -10,7 +10,7 @@ RUN/
   tensorboard/       the same as curves, where the extra `tensorboard` is installed
   state.safetensors  what a resumed run starts from
   model/             all that `tokenseg segment` needs
-  validation/        masks of the fold's validation cases, summary.csv, scores.json, scores.csv
+  validation/        masks of the fold's validation cases, summary.csv, status.jsonl, scores.json, scores.csv
   report.html        all of it to look at, in a browser
 """
 
