@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from phantoms import change_json, phantom, write_msd, write_nifti, write_nnunet
+from tokenseg.case_picture import draw_cases
 from tokenseg.cli import main
 from tokenseg.data.datasets import load_case, open_dataset
 from tokenseg.data.findings import Finding, check_dataset, check_files
@@ -54,13 +55,13 @@ def moved(shift_mm: float = 0.0, stretch_mm: float = 0.0, turn: float = 0.0) -> 
         (grid(moved(shift_mm=0.9e-3)), "rounding", ""),
         (grid(moved(stretch_mm=-0.9e-3)), "rounding", ""),
         (grid(moved(turn=0.9e-4)), "rounding", ""),
-        (grid(moved(shift_mm=1.1e-3)), "other grid", "position of the first voxel by 0.0011 mm"),
-        (grid(moved(stretch_mm=0.5)), "other grid", "spacing by 0.5 mm"),
-        (grid(moved(turn=2e-4)), "other grid", "direction of the axes by 0.0002 (cosines)"),
+        (grid(moved(shift_mm=1.1e-3)), "other grid", "position of the first voxel by 0.0011 mm, allowed 0.001"),
+        (grid(moved(stretch_mm=0.5)), "other grid", "spacing by 0.5 mm, allowed 0.001"),
+        (grid(moved(turn=2e-4)), "other grid", "direction of the axes by 0.0002 (cosines), allowed 0.0001"),
         (grid(shape=(10, 10, 9)), "other grid", "10 x 10 x 9 voxels instead of 10 x 10 x 10"),
-        (grid(moved(shift_mm=8.0)), "other grid", "position of the first voxel by 8 mm"),
-        (grid(moved(shift_mm=9.5)), "disjoint", "position of the first voxel by 9.5 mm"),
-        (grid(moved(shift_mm=300.0)), "disjoint", "position of the first voxel by 300 mm"),
+        (grid(moved(shift_mm=8.0)), "other grid", "position of the first voxel by 8 mm, allowed 0.001"),
+        (grid(moved(shift_mm=9.5)), "disjoint", "position of the first voxel by 9.5 mm, allowed 0.001"),
+        (grid(moved(shift_mm=300.0)), "disjoint", "position of the first voxel by 300 mm, allowed 0.001"),
     ],
 )
 def test_relations(second, kind, difference):
@@ -151,7 +152,10 @@ def test_planted_faults_are_found_and_mended(tmp_path):
         ("case_006", "warning", "duplicate"),
     ]
     assert "same place, other grid (24 x 26 x 28 voxels instead" in found["case_001", "error", "grid"].text
-    assert "in another place (position of the first voxel by 100 mm)" in found["case_002", "error", "grid"].text
+    assert (
+        "in another place (position of the first voxel by 100 mm, allowed 0.001)"
+        in found["case_002", "error", "grid"].text
+    )
     assert "3 voxel(s) are NaN" in found["case_004", "error", "values"].text
     assert "the same image as in case_007" in found["case_006", "warning", "duplicate"].text
     with pytest.raises(DataError, match=rf"more case\(s\) have faults; all of them: tokenseg check {root}"):
@@ -280,6 +284,15 @@ def test_nan_becomes_the_lowest_value_of_its_own_channel(tmp_path):
     assert back[1, 1, 1, 1] == np.nanmin(image[..., 1])
 
 
+def test_pictures_that_cannot_be_written_are_an_error(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    replace(root, "labelsTr", 1, phantom(1, shape=SMALL)[1] * np.float32(0.99))
+    dataset = open_dataset(root)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FileError, match="cannot write"):
+        draw_cases(dataset, check_dataset(dataset, Silent()), tmp_path / "file" / "pictures", Silent())
+
+
 def test_pictures_of_odd_cases(tmp_path):
     root = write_msd(tmp_path / "d", 2, shape=(12, 13, 1), name="a$_$b")
     for path in (root / "labelsTr").iterdir():
@@ -342,7 +355,9 @@ def test_files_against_the_first(tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.nii") for name in "abc"]
     assert main(["check", *paths]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("error: c.nii: c.nii against a.nii: same place, other grid (spacing by 1 mm). As many")
+    assert out[0].startswith(
+        "error: c.nii: c.nii against a.nii: same place, other grid (spacing by 1 mm, allowed 0.001). As"
+    )
     assert out[1] == "3 files: 1 error(s), 0 warning(s), 0 note(s)"
 
 

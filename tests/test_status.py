@@ -62,7 +62,7 @@ def test_a_second_run_does_no_work(tmp_path, computed):
     assert len(lines(out)) == 3
 
 
-@pytest.mark.parametrize("change", ["input", "mask", "gone", "weights", "setting"])
+@pytest.mark.parametrize("change", ["input", "mask", "gone", "weights", "plan", "setting"])
 def test_what_changed_is_done_again(tmp_path, computed, change):
     model, source, out = saved_model(tmp_path / "model"), scans(tmp_path / "in", 2), tmp_path / "out"
     segment_files([model], source, out)
@@ -75,11 +75,15 @@ def test_what_changed_is_done_again(tmp_path, computed, change):
         (out / "scan1.nii.gz").unlink()
     elif change == "weights":
         model = saved_model(tmp_path / "other", seed=1)
+    elif change == "plan":  # the same weights, by a model description that somebody edited
+        label = model.facts.plan.labels[0].model_copy(update={"values": (9,), "output_value": 9})
+        facts = model.facts.model_copy(update={"plan": model.facts.plan.model_copy(update={"labels": (label,)})})
+        model = Model(model.network, facts, model.device)
     else:
         options = SegmentOptions(full=True)
     computed.clear()
     segment_files([model], source, out, options=options)
-    assert computed == (["scan0", "scan1"] if change in ("weights", "setting") else ["scan1"])
+    assert computed == (["scan0", "scan1"] if change in ("weights", "plan", "setting") else ["scan1"])
     assert read_mask(out / "scan1.nii.gz").array.shape == (24, 24, 24)
 
 

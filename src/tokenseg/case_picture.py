@@ -44,9 +44,12 @@ def draw_cases(dataset: Dataset, findings: Sequence[Finding], folder: Path, prog
     for case in dataset.cases:
         if case.case_id not in texts:
             continue
+        content = b""
         with suppress(TokenSegError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # matplotlib on letters that its font lacks
-            write_atomically(folder / f"{case.case_id}.png", _draw(case, texts[case.case_id]))
+            content = _draw(case, texts[case.case_id])
+        if content:
+            write_atomically(folder / f"{case.case_id}.png", content)
         progress.advance(case.case_id)
 
 

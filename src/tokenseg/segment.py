@@ -218,10 +218,10 @@ def _segment_into(models: Sequence[Model], case: Case, folder: Path, options: Se
 
 def _key_settings(models: Sequence[Model], options: SegmentOptions) -> list[str]:
     """All that a mask depends on besides the input."""
-    weights = [model.facts.weights_sha256 for model in models]
+    facts = [model.facts.model_dump_json() for model in models]  # the plan, and the fingerprint of the weights
     engines = ["torch" if model.compiled is None else "openvino" for model in models]
     wanted = [str(options.full), str(options.empty_seg), options.series]
-    return [version("tokenseg"), *weights, *engines, models[0].device.type, *wanted]
+    return [version("tokenseg"), *facts, *engines, models[0].device.type, *wanted]
 
 
 def _status(result: CaseResult, key: str) -> CaseStatus:

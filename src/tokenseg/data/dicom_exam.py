@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -201,5 +202,5 @@ def _common_folder(root: Path, study: Sequence[Series]) -> str:
         for series in study
         for frame in series.frames
     }
-    shared = [parts[0] for parts in zip(*folders, strict=False) if len(set(parts)) == 1]
-    return "-".join(shared)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return "-".join(parts[0] for parts in shared)

@@ -86,13 +86,12 @@ def find_dicom(root: Path) -> list[DicomFile]:
         files = _members(root)
     else:
         files = [DicomFile(root)]
-    found = [file for file in files if _is_dicom(file)]
+    # A pipe or a device would wait for ever.
+    starts = {file: _start(file) for file in files if file.member or file.path.is_file()}
+    found = [file for file, start in starts.items() if start[_MARK_AT:] == _MARK]
     folders = {_folder(file) for file in found}
-    for file in set(files) - set(found):
-        if _folder(file) in folders and _looks_lost(file):
-            raise FileError(
-                f"{file} is empty or has lost its beginning, among DICOM files; copy it again, or take it out"
-            )
+    for file, start in starts.items():
+        _check_no_dicom(file, start, among_dicom=_folder(file) in folders)
     return found
 
 
@@ -197,17 +196,17 @@ def _members(archive_path: Path) -> list[DicomFile]:
     return [DicomFile(archive_path, member.filename, archive) for member in members if not member.is_dir()]
 
 
-def _is_dicom(file: DicomFile) -> bool:
-    if not file.member and not file.path.is_file():  # a pipe or a device would wait for ever
-        return False
-    start = _start(file)
+def _check_no_dicom(file: DicomFile, start: bytes, *, among_dicom: bool) -> None:
+    """Refuse what has no mark of DICOM and must have had one."""
     if start[_MARK_AT:] == _MARK:
-        return True
+        return
     named_so = (file.member or file.path.name).lower().endswith(".dcm")
     cut_off = 0 < len(start) < _MARK_AT + len(_MARK) and not any(start[:_MARK_AT])
     if named_so or cut_off:
         raise FileError(f"{file} is truncated, or not DICOM although it is named so; copy it again, or take it out")
-    return False
+    # Empty, zeros, or elements without the preamble before them.
+    if among_dicom and (not any(start) or start[:2] in (b"\x02\x00", b"\x08\x00")):
+        raise FileError(f"{file} is empty or has lost its beginning, among DICOM files; copy it again, or take it out")
 
 
 def _is_hidden(name: str) -> bool:
@@ -216,14 +215,6 @@ def _is_hidden(name: str) -> bool:
 
 def _folder(file: DicomFile) -> Path:
     return Path(file.member).parent if file.member else file.path.parent
-
-
-def _looks_lost(file: DicomFile) -> bool:
-    """Empty, zeros, or DICOM elements without the preamble before them."""
-    if not file.member and not file.path.is_file():
-        return False
-    start = _start(file)
-    return not any(start) or start[:2] in (b"\x02\x00", b"\x08\x00")
 
 
 def _start(file: DicomFile) -> bytes:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tokenseg.data.dicom_grid import SAME_POSITION_MM, Placement, heights_mm
-from tokenseg.data.dicom_series import PHASE_TAGS, Frame, Series
+from tokenseg.data.dicom_grid import SAME_POSITION_MM, heights_mm
+from tokenseg.data.dicom_series import PHASE_TAGS, Frame, Series, placements_of
 from tokenseg.errors import DataError, GeometryError
 
 _COMPUTED_TYPES = ("SUB", "MIP", "MINIP", "MIN IP", "PROJECTION", "MPR", "PEI", "MAP")
@@ -45,7 +45,7 @@ def split_phases(series: Series) -> list[Phase]:
         GeometryError: A slice has no position.
         DataError: Phases are incomplete or cannot be told apart, or tags contradict each other.
     """
-    places = _places(series.frames)
+    places = placements_of(series.frames)
     if len(places) < len(series.frames) or not places:
         raise GeometryError(f"{series}: {len(series.frames) - len(places)} slice(s) have no ImagePositionPatient")
     positions = _by_position(series.frames)
@@ -156,7 +156,7 @@ def _value(frame: Frame, tag: str) -> float | None:
 
 def _by_position(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Frames of each position along the normal."""
-    heights = heights_mm(_places(frames))
+    heights = heights_mm(placements_of(frames))
     groups: list[list[Frame]] = []
     last = -math.inf
     for height, frame in sorted(zip(heights, frames, strict=True), key=lambda each: each[0]):
@@ -183,7 +183,7 @@ def _of_one_protocol(first: Frame, second: Frame) -> bool:
 def _on_one_grid(first: Sequence[Frame], second: Sequence[Frame]) -> bool:
     """Whether slices fill the same box, within a millimetre."""
     boxes = _box_mm(first), _box_mm(second)
-    if boxes[0] is None or boxes[1] is None or _places(first)[0].size != _places(second)[0].size:
+    if boxes[0] is None or boxes[1] is None or placements_of(first)[0].size != placements_of(second)[0].size:
         return False
     return np.allclose(boxes[0], boxes[1], rtol=0, atol=1.0)
 
@@ -193,7 +193,7 @@ def _overlap(first: Sequence[Frame], second: Sequence[Frame]) -> bool:
     boxes = _box_mm(first), _box_mm(second)
     if boxes[0] is None or boxes[1] is None:
         return False
-    turned = np.asarray(_places(first)[0].orientation) - np.asarray(_places(second)[0].orientation)
+    turned = np.asarray(placements_of(first)[0].orientation) - np.asarray(placements_of(second)[0].orientation)
     low, high = np.maximum(boxes[0][0], boxes[1][0]), np.minimum(boxes[0][1], boxes[1][1])
     sizes = [np.maximum(box[1] - box[0], 1.0) for box in boxes if box is not None]
     shared = np.maximum(high - low, 0.0) / np.minimum(*sizes)
@@ -202,7 +202,7 @@ def _overlap(first: Sequence[Frame], second: Sequence[Frame]) -> bool:
 
 def _box_mm(frames: Sequence[Frame]) -> Float[np.ndarray, "2 3"] | None:
     """Lowest and highest place along rows, columns and normal; None where a slice has no place."""
-    places = _places(frames)
+    places = placements_of(frames)
     if not places or len(places) < len(frames):
         return None
     first = places[0]
@@ -259,7 +259,3 @@ def _in_order(phases: Sequence[Phase]) -> list[Phase]:
 def _acquired(frames: Sequence[Frame]) -> datetime | None:
     times = [frame.acquired for frame in frames if frame.acquired is not None]
     return min(times) if len(times) == len(frames) else None
-
-
-def _places(frames: Sequence[Frame]) -> list[Placement]:
-    return [frame.placement for frame in frames if frame.placement is not None]

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 
 from tokenseg.data.dicom_files import DicomFile, read_dataset
 from tokenseg.data.dicom_grid import stack_slices
-from tokenseg.data.dicom_series import Frame
+from tokenseg.data.dicom_series import Frame, placements_of
 from tokenseg.data.formats import DicomSlices
 from tokenseg.data.volume import Volume
 from tokenseg.errors import FileError, GeometryError
@@ -34,7 +34,7 @@ def read_frames(frames: Sequence[Frame], channel: str, what: str) -> Volume:
     faults = sorted({frame.fault for frame in frames if frame.fault})
     if faults:
         raise FileError(f"{what}: {faults[0]}; export it as plain intensities")
-    placements = [frame.placement for frame in frames if frame.placement is not None]
+    placements = placements_of(frames)
     if len(placements) < len(frames) or not placements:
         count = len(frames) - len(placements)
         raise GeometryError(f"{what}: {count} slice(s) have no ImagePositionPatient; export the series again")

@@ -92,13 +92,18 @@ class Series:
     @property
     def placements(self) -> list[Placement]:
         """Place of each frame that has one."""
-        return [frame.placement for frame in self.frames if frame.placement is not None]
+        return placements_of(self.frames)
 
     def __str__(self) -> str:
         """One line of a list to choose from."""
         size = f"{len(self.frames)} slices" + (f" of {times(self.placements[0].size)}" if self.placements else "")
         name = f"series {self.number or '?'}: {self.description or '(no description)'}"
         return f"{name}, {self.modality}, {size}, {self.uid}"
+
+
+def placements_of(frames: Iterable[Frame]) -> list[Placement]:
+    """Place of each frame that has one."""
+    return [frame.placement for frame in frames if frame.placement is not None]
 
 
 def list_series(root: Path) -> list[Series]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.ndimage import affine_transform
 
-from tokenseg.data.volume import DIRECTION_TOLERANCE, POSITION_TOLERANCE_MM, SPACING_TOLERANCE_MM, Grid
+from tokenseg.data.volume import Grid, affine_differences
 from tokenseg.shapes import Affine, times
 
 GridKind: TypeAlias = Literal["identical", "rounding", "other grid", "disjoint"]
@@ -36,24 +36,13 @@ def relate_grids(first: Grid, second: Grid) -> GridRelation:
     """
     if first.shape == second.shape and np.array_equal(first.affine, second.affine):
         return GridRelation("identical", "")
-    spacings = np.asarray(first.spacing_mm), np.asarray(second.spacing_mm)
-    directions = first.affine[:3, :3] / spacings[0] - second.affine[:3, :3] / spacings[1]
-    measured = (
-        ("position of the first voxel", first.affine[:3, 3] - second.affine[:3, 3], POSITION_TOLERANCE_MM, " mm"),
-        ("spacing", spacings[0] - spacings[1], SPACING_TOLERANCE_MM, " mm"),
-        ("direction of the axes", directions, DIRECTION_TOLERANCE, " (cosines)"),
-    )
-    beyond = [
-        f"{name} by {np.abs(difference).max():.4g}{unit}"
-        for name, difference, tolerance, unit in measured
-        if np.abs(difference).max() > tolerance
-    ]
+    differences = affine_differences(first.affine, second.affine)
     if first.shape != second.shape:
-        beyond.insert(0, f"{times(second.shape)} voxels instead of {times(first.shape)}")
-    if not beyond:
+        differences.insert(0, f"{times(second.shape)} voxels instead of {times(first.shape)}")
+    if not differences:
         return GridRelation("rounding", "")
     kind: GridKind = "disjoint" if _overlap(first, second) < LEAST_OVERLAP else "other grid"
-    return GridRelation(kind, "; ".join(beyond))
+    return GridRelation(kind, "; ".join(differences))
 
 
 def fill_one_box(first: Grid, second: Grid) -> bool:

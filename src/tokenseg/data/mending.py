@@ -22,7 +22,7 @@ from tokenseg.data.findings import LISTS_255, ROUNDING, Finding
 from tokenseg.data.formats import Stored, read_header, read_values, write_values
 from tokenseg.data.grids import fill_one_box, relate_grids, resample
 from tokenseg.data.manifest import read_json
-from tokenseg.data.volume import Grid, read_grid
+from tokenseg.data.volume import Grid
 from tokenseg.errors import DataError, FileError, TokenSegError
 from tokenseg.files import replaced_folder, write_atomically
 from tokenseg.progress import Progress
@@ -105,33 +105,35 @@ def _mend_case(dataset: Dataset, case: Case, folder: Path) -> list[str]:
     """Mend what can be read of a case; what cannot stays as it is."""
     changed = []
     try:
-        first = read_grid(case.images[0])
-        like = read_header(case.images[0])
+        first = read_header(case.images[0])
     except TokenSegError:
         return []
     for path in _files(case):
         try:
-            mended = _mended(path, path == case.label, first, num_labels=len(dataset.labels))
-            own = read_header(path)
+            mended = _mended(path, first, is_mask=path == case.label, num_labels=len(dataset.labels))
         except TokenSegError:
             continue
         if mended is not None and not path.name.endswith(".mhd"):  # two files, which are not written
-            _write(folder / path.relative_to(dataset.root), mended[0], like if mended[1] else own)
+            _write(folder / path.relative_to(dataset.root), *mended)
             changed.append(path.name)
     return changed
 
 
 def _mended(
-    path: Path, is_mask: bool, first: Grid, *, num_labels: int
-) -> tuple[Shaped[np.ndarray, "*shape"], bool] | None:
-    """Mended values, and whether they are on the grid of the first channel now; None where nothing is to be done."""
+    path: Path, first: Stored, *, is_mask: bool, num_labels: int
+) -> tuple[Shaped[np.ndarray, "*shape"], Stored] | None:
+    """Mended values and the header that they belong to, the file's own or the first channel's; None to leave it."""
     stored, values = read_values(path)
     mended = _rounded(values, num_labels) if is_mask else _finite(values)
-    grid = Grid((stored.shape[0], stored.shape[1], stored.shape[2]), 1, stored.affine)
-    elsewhere = values.ndim == 3 and relate_grids(first, grid).kind == "other grid"
-    if elsewhere and (first.shape != grid.shape or fill_one_box(first, grid)):
-        return resample(mended, grid, first, order=0 if is_mask else 1), True
-    return None if mended is values else (mended, False)
+    grid, target = _grid(stored), _grid(first)
+    elsewhere = values.ndim == 3 and relate_grids(target, grid).kind == "other grid"
+    if elsewhere and (target.shape != grid.shape or fill_one_box(target, grid)):
+        return resample(mended, grid, target, order=0 if is_mask else 1), first
+    return None if mended is values else (mended, stored)
+
+
+def _grid(stored: Stored) -> Grid:
+    return Grid((stored.shape[0], stored.shape[1], stored.shape[2]), 1, stored.affine)
 
 
 def _finite(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
@@ -156,10 +158,9 @@ def _rounded(values: Shaped[np.ndarray, "*shape"], num_labels: int) -> Shaped[np
 
 
 def _write(path: Path, values: Shaped[np.ndarray, "*shape"], like: Stored) -> None:
-    spacing = Grid((1, 1, 1), 1, like.affine).spacing_mm
     if values.dtype == np.float64:
         values = values.astype(np.float32)
-    write_values(path, values, like.affine, spacing, like.header)
+    write_values(path, values, like.affine, _grid(like).spacing_mm, like.header)
 
 
 def _list_255(path: Path, dataset: Dataset) -> None:

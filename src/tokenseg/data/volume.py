@@ -104,7 +104,7 @@ def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
     Trailing axes of length one are dropped, and the header's scale slope and intercept are applied.
 
     Raises:
-        FileError: The file is missing, truncated, or not NIfTI.
+        FileError: The file is missing, truncated, or not of the format that its name says.
         DataError: It has another number of channels or axes, is not of real numbers, or holds NaN or infinite voxels.
         GeometryError: Its spacing, affine or unit is not usable.
     """
@@ -203,20 +203,25 @@ def check_same_grid(first: Volume | Mask, second: Volume | Mask, what: tuple[str
     both = f"{what[0]} and {what[1]} are not on one grid"
     if shapes[0] != shapes[1]:
         raise GeometryError(f"{both}: {times(shapes[0])} against {times(shapes[1])} voxels; resample one to the other")
-    spacings = np.asarray(first.spacing_mm), np.asarray(second.spacing_mm)
-    directions = first.affine[:3, :3] / spacings[0] - second.affine[:3, :3] / spacings[1]
-    differences = {
-        "position of the first voxel": (first.affine[:3, 3] - second.affine[:3, 3], POSITION_TOLERANCE_MM, " mm"),
-        "spacing": (spacings[0] - spacings[1], SPACING_TOLERANCE_MM, " mm"),
-        "direction of the axes": (directions, DIRECTION_TOLERANCE, " (cosines)"),
-    }
-    faults = [
-        f"{name} by {np.abs(difference).max():.4g}{unit}, allowed {tolerance:g}"
-        for name, (difference, tolerance, unit) in differences.items()
-        if np.abs(difference).max() > tolerance
-    ]
+    faults = affine_differences(first.affine, second.affine)
     if faults:
         raise GeometryError(f"{both}: they differ in {'; in '.join(faults)}. Resample one to the grid of the other")
+
+
+def affine_differences(first: Affine, second: Affine) -> list[str]:
+    """In what two affines differ beyond rounding, in words; the tolerances are those of `check_same_grid`."""
+    spacings = np.asarray(_spacing_mm(first)), np.asarray(_spacing_mm(second))
+    directions = first[:3, :3] / spacings[0] - second[:3, :3] / spacings[1]
+    measured = (
+        ("position of the first voxel", first[:3, 3] - second[:3, 3], POSITION_TOLERANCE_MM, " mm"),
+        ("spacing", spacings[0] - spacings[1], SPACING_TOLERANCE_MM, " mm"),
+        ("direction of the axes", directions, DIRECTION_TOLERANCE, " (cosines)"),
+    )
+    return [
+        f"{name} by {np.abs(difference).max():.4g}{unit}, allowed {tolerance:g}"
+        for name, difference, tolerance, unit in measured
+        if np.abs(difference).max() > tolerance
+    ]
 
 
 def write_mask(path: Path | str, mask: MaskArray, like: Volume) -> None:
