@@ -31,10 +31,11 @@ from scipy.ndimage import label
 from tokenseg.checkpoint import Model, load_model
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.preprocess import prepare_image, prepare_labels, restore_logits
+from tokenseg.data.preprocess import prepare_image, prepare_labels, rows_of
+from tokenseg.data.restore import restore_logits
 from tokenseg.shapes import ImageArray
 from tokenseg.steering import Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
-from tokenseg.windows import num_windows, pad_to_window
+from tokenseg.windows import num_windows, pad_rows
 
 COLUMNS = (
     *("date", "commit", "dataset", "model", "threads", "case", "mode", "windows_run", "windows_full"),
@@ -176,8 +177,9 @@ def sweep(model: Model, dataset: Dataset, cases: list[Case]) -> None:
     for case in cases:
         loaded = load_case(dataset, case)
         prepared = prepare_image(loaded.volume, plan, covering=loaded.mask)
-        padded, start = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
-        size = padded.shape[1], padded.shape[2], padded.shape[3]
+        padded = pad_rows(rows_of(prepared.image), plan.window_vox).rows
+        size = padded.shape
+        start = [(length - own) // 2 for length, own in zip(size, prepared.record.grid_shape, strict=True)]
         logits = look_coarsely(model, padded)
         reference = prepare_labels(loaded.mask, prepared.record, plan).max(axis=0) > 0
         lesions, count = label(reference, PIECES)

@@ -24,7 +24,7 @@ from tokenseg.data.dicom_exam import list_exams, read_exam
 from tokenseg.data.dicom_seg import Segment, read_seg, write_no_findings, write_seg
 from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
-from tokenseg.segment import segment_volume
+from tokenseg.predict import segment_volume
 
 PLAN = make_plan(labels=2)
 NEOPLASM = Coding(

@@ -26,7 +26,7 @@ FLAGS = {
     ("demo",): {"--help"},
     ("segment",): {
         *("--help", "--model", "--folds", "--device", "--engine", "--threads", "--full", "--report", "--profile"),
-        *("--series", "--empty-seg", "--shard"),
+        *("--series", "--empty-seg", "--shard", "--max-memory"),
     },
     ("check",): {"--help", "--fix", "--json", "--pictures"},
     ("evaluate",): {"--help", "--json", "--csv", "--report", "--tolerance-mm"},
@@ -88,7 +88,7 @@ def test_public_names():
 
 def test_public_names_are_those_of_their_modules():
     from tokenseg.checkpoint import load_model
-    from tokenseg.segment import segment_volume
+    from tokenseg.predict import segment_volume
 
     assert tokenseg.load_model is load_model
     assert tokenseg.segment_volume is segment_volume

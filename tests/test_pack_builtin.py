@@ -23,7 +23,7 @@ from tokenseg.config import TrainOptions
 from tokenseg.data.inputs import list_inputs, read_input
 from tokenseg.errors import ModelError
 from tokenseg.metrics import bootstrap_interval
-from tokenseg.segment import segment_volume
+from tokenseg.predict import segment_volume
 from tokenseg.train import train
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pack_builtin.py"

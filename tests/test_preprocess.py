@@ -11,14 +11,9 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from tokenseg.config import ChannelNormalisation, Label, Plan
-from tokenseg.data.preprocess import (
-    GridRecord,
-    prepare_image,
-    prepare_labels,
-    restore_labels,
-    restore_logits,
-    select_channels,
-)
+from tokenseg.data.intensities import select_channels
+from tokenseg.data.preprocess import GridRecord, prepare_image, prepare_labels
+from tokenseg.data.restore import restore_labels, restore_logits
 from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask, read_volume
 from tokenseg.errors import DataError, GeometryError
 
@@ -269,7 +264,9 @@ def test_image_and_labels_stay_together_when_resampled():
     prepared = prepare_image(make_volume(solid, affine=affine), plan)
     maps = prepare_labels(Mask(solid.astype(np.uint8), affine), prepared.record, plan)
     assert prepared.record.crop_shape != prepared.record.canonical_shape
-    np.testing.assert_array_equal(prepared.image[0] > 0.5, maps[0] == 1)
+    clear = np.abs(prepared.image[0] - 0.5) > 1e-6  # a tie may fall either way by rounding
+    np.testing.assert_array_equal((prepared.image[0] > 0.5)[clear], (maps[0] == 1)[clear])
+    assert clear.mean() > 0.99
     assert dice(restore_labels(maps, prepared.record, plan) == 1, solid) > 0.9
 
 

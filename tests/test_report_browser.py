@@ -14,7 +14,7 @@ from browser import launched_chromium, opened
 from test_report_page import EVIL
 from tokenseg.config import Label
 from tokenseg.data.datasets import open_dataset
-from tokenseg.data.preprocess import to_canonical
+from tokenseg.data.orientation import to_canonical
 from tokenseg.evaluate import evaluate_folders
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html

@@ -15,6 +15,7 @@ from tokenseg.config import PRESETS, Label
 from tokenseg.data.cases import Case
 from tokenseg.data.datasets import open_dataset
 from tokenseg.evaluate import Evaluation, evaluate_folders
+from tokenseg.outputs import CaseResult
 from tokenseg.report.reports import (
     evaluation_report,
     segmentation_report,
@@ -23,7 +24,6 @@ from tokenseg.report.reports import (
     train_report,
 )
 from tokenseg.report.scores import case_table, evaluation_lead, evaluation_section, summary_table
-from tokenseg.segment import CaseResult
 from toy_models import untrained
 
 SHAPE = (12, 10, 8)

@@ -19,11 +19,12 @@ from tokenseg.case_tokens import CaseTokens
 from tokenseg.config import Label
 from tokenseg.data.cases import Case
 from tokenseg.data.datasets import open_dataset
-from tokenseg.data.preprocess import GridRecord, to_canonical
+from tokenseg.data.orientation import to_canonical
+from tokenseg.data.preprocess import GridRecord
 from tokenseg.evaluate import Evaluation, evaluate_folders
+from tokenseg.outputs import CaseResult
 from tokenseg.report.cases import evaluation_views, segmentation_views, select_cases, token_boxes
 from tokenseg.report.viewer import CaseView, TokenBoxes, pack_case, viewer_section
-from tokenseg.segment import CaseResult
 
 ONE = Label(name="tumour", values=(1,), output_value=1)
 SHAPE = (12, 10, 8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import tokenseg.segment
+import tokenseg.predict
 from phantoms import phantom, write_mamamia, write_msd, write_nifti, write_nnunet
 from plans import make_plan
 from tokenseg.checkpoint import Model
@@ -19,7 +19,8 @@ from tokenseg.config import Plan
 from tokenseg.data.inputs import list_inputs
 from tokenseg.data.volume import Volume, read_mask, read_volume
 from tokenseg.errors import ConfigError, DataError, FileError, ModelError, TokenSegError
-from tokenseg.segment import segment_files, segment_volume
+from tokenseg.predict import segment_volume
+from tokenseg.segment import segment_files
 from toy_models import (
     Toy,
     above_level,
@@ -463,10 +464,10 @@ def test_a_case_that_does_not_fit_in_memory_does_not_stop_the_others(toy, tmp_pa
 def test_what_goes_wrong_outside_a_case_is_not_hidden(toy, tmp_path, monkeypatch):
     """Only a TokenSegError is a broken case; a bug is not recorded as one."""
 
-    def bug(*_: object) -> None:
+    def bug(*_: object, **__: object) -> None:
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(tokenseg.segment, "predict_steered", bug)
+    monkeypatch.setattr(tokenseg.predict, "choose_route", bug)
     with pytest.raises(RuntimeError, match="bug"):
         segment_files([toy], write_scans(tmp_path / "in", 1), tmp_path / "out")
 

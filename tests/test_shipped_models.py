@@ -17,7 +17,7 @@ from tokenseg.checkpoint import describe_model, load_model
 from tokenseg.cli import main
 from tokenseg.data.volume import read_mask, read_volume
 from tokenseg.metrics import dice
-from tokenseg.segment import segment_volume
+from tokenseg.predict import segment_volume
 
 HIPPOCAMPUS = MODELS_FOLDER / "hippocampus"
 

@@ -15,9 +15,11 @@ from plans import make_plan
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, SegmentOptions
 from tokenseg.data.coarse import coarse_image
+from tokenseg.data.preprocess import rows_of
 from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
-from tokenseg.segment import segment_files, segment_volume
+from tokenseg.predict import segment_volume
+from tokenseg.segment import segment_files
 from tokenseg.steering import (
     cover,
     fine_share,
@@ -26,6 +28,7 @@ from tokenseg.steering import (
     look_coarsely,
     predict_full,
     predict_steered,
+    ramps_of,
 )
 from tokenseg.windows import forward_of, predict_logits, window_corners
 from toy_models import Toy, above_level, as_stored, constant, toy_model
@@ -53,6 +56,16 @@ def scan(*boxes: tuple[slice, slice, slice], shape: tuple[int, int, int] = (96, 
 
 def cube(x: int, y: int, z: int, size: int = 8) -> tuple[slice, slice, slice]:
     return slice(x, x + size), slice(y, y + size), slice(z, z + size)
+
+
+def share_of(corners: list[tuple[int, int, int]], size: tuple[int, int, int], window: tuple[int, int, int]):
+    """The share in all of a scan whose rows lie across its first axis."""
+    image = rows_of(np.zeros((1, *size), np.float32))
+    assert image.order[0] == 0
+    ramps = ramps_of(corners, image, window)
+    _, second, third = (size[axis] for axis in image.order)
+    rows = [fine_share(ramps, number, slice(0, second), third) for number in range(size[0])]
+    return torch.stack(rows).permute(*(image.order.index(axis) for axis in range(3)))
 
 
 # ---- where windows lie
@@ -123,7 +136,7 @@ def test_nothing_kept_takes_no_window():
 
 
 def test_the_share_by_hand():
-    share = fine_share([(8, 0, 0)], (40, 16, 16), (16, 16, 16))
+    share = share_of([(8, 0, 0)], (40, 16, 16), (16, 16, 16))
     line = share[:, 8, 8]
     assert not line[:8].any()
     assert not line[24:].any()
@@ -136,15 +149,15 @@ def test_the_share_by_hand():
 
 
 def test_a_window_at_the_edge_counts_up_to_the_edge():
-    line = fine_share([(0, 0, 0), (24, 0, 0)], (40, 16, 16), (16, 16, 16))[:, 0, 0]
+    line = share_of([(0, 0, 0), (24, 0, 0)], (40, 16, 16), (16, 16, 16))[:, 0, 0]
     assert (line[:12] == 1).all()
     assert (line[28:] == 1).all()
     assert not line[16:24].any()
 
 
 def test_the_largest_share_counts_where_windows_overlap():
-    both = fine_share([(8, 0, 0), (12, 0, 0)], (40, 16, 16), (16, 16, 16))
-    each = [fine_share([corner], (40, 16, 16), (16, 16, 16)) for corner in ((8, 0, 0), (12, 0, 0))]
+    both = share_of([(8, 0, 0), (12, 0, 0)], (40, 16, 16), (16, 16, 16))
+    each = [share_of([corner], (40, 16, 16), (16, 16, 16)) for corner in ((8, 0, 0), (12, 0, 0))]
     assert torch.equal(both, torch.maximum(*each))
 
 
@@ -164,12 +177,12 @@ def test_windows_and_coarse_answer_are_joined_by_the_share():
     image = scan(cube(28, 24, 12))
     answered = predict_steered(toy_model(Toy(TwoAnswers(8.0)), toy_plan()), image)
     (corner,) = cover(
-        kept_voxels(look_coarsely(toy_model(steep(), toy_plan()), torch.from_numpy(image)), toy_plan()),
+        kept_voxels(look_coarsely(toy_model(steep(), toy_plan()), rows_of(image)), toy_plan()),
         image.shape[1:],
         WINDOW,
         FACTOR,
     )
-    share = fine_share([corner], image.shape[1:], WINDOW)
+    share = share_of([corner], image.shape[1:], WINDOW)
     coarse = torch.from_numpy(400 * (coarse_image(image, FACTOR) - 0.02))
     spread = torch.nn.functional.interpolate(coarse[None], scale_factor=FACTOR, mode="trilinear")[0]
     torch.testing.assert_close(answered.logits, share * 8 + (1 - share) * spread)
@@ -250,14 +263,14 @@ def test_foreground_is_what_is_no_background():
 def test_a_coarse_view_that_is_smaller_than_a_window_comes_back_in_its_size():
     plan = toy_plan(coarse_factor=(4, 4, 4), window_vox=(16, 16, 16))
     image = scan(cube(28, 24, 12), shape=(64, 40, 32))
-    logits = look_coarsely(toy_model(Toy(lambda images: images[:, :1]), plan), torch.from_numpy(image))
+    logits = look_coarsely(toy_model(Toy(lambda images: images[:, :1]), plan), rows_of(image))
     torch.testing.assert_close(logits, torch.from_numpy(coarse_image(image, (4, 4, 4))))
 
 
 def test_a_model_without_coarse_views_cannot_look_coarsely():
     model = toy_model(steep(), toy_plan(coarse_factor=None))
     with pytest.raises(ConfigError, match="model 'toy' was trained without coarse views; run all windows"):
-        look_coarsely(model, torch.zeros(1, 20, 20, 20))
+        look_coarsely(model, rows_of(np.zeros((1, 20, 20, 20), np.float32)))
 
 
 # ---- segmentation

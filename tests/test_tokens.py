@@ -17,14 +17,15 @@ from plans import make_plan
 from tokenseg.boundary import boundary_distances_mm
 from tokenseg.case_tokens import find_tokens
 from tokenseg.config import PRESETS, Plan
-from tokenseg.data.preprocess import prepare_image, prepare_labels, turn_to_ras
+from tokenseg.data.orientation import turn_to_ras
+from tokenseg.data.preprocess import prepare_image, prepare_labels, rows_of, whole_image
 from tokenseg.data.volume import Mask, Volume, read_mask, read_volume
 from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, ModelError
 from tokenseg.losses import cell_foreground
-from tokenseg.segment import segment_volume
+from tokenseg.predict import segment_volume
 from tokenseg.tokens import RADII_MM, describe_tokens, report_tokens, tokens_of_case, write_json
-from tokenseg.windows import pad_to_window
+from tokenseg.windows import pad_rows
 from toy_models import Toy, as_stored, toy_model, untrained
 
 ROTATIONS = {
@@ -271,11 +272,11 @@ def test_near_equals_a_second_way_on_a_real_case(real_data):
     report = report_tokens(model, volume, "case", mask)
     plan = model.facts.plan
     prepared = prepare_image(volume, plan, covering=mask)
-    image, _ = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
-    labels, _ = pad_to_window(torch.from_numpy(prepare_labels(mask, prepared.record, plan)).float(), plan.window_vox)
-    foreground = labels[0].numpy() > 0
+    maps = prepare_labels(mask, prepared.record, plan).astype(np.float32)
+    image, labels = (whole_image(pad_rows(rows_of(each), plan.window_vox).rows) for each in (prepared.image, maps))
+    foreground = labels[0] > 0
     with torch.inference_mode(), autocast(model.device):
-        tokens = model.network(image[None]).tokens
+        tokens = model.network(torch.from_numpy(image)[None]).tokens
     kept = tokens.kept[0].numpy()
     np.testing.assert_array_equal(report.tokens.kept[0], kept)
     surface = foreground & ~binary_erosion(foreground, border_value=1)

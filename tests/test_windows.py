@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +12,19 @@ from hypothesis import strategies as st
 
 from plans import make_plan
 from tokenseg.config import Plan
+from tokenseg.data.preprocess import rows_of
 from tokenseg.windows import (
+    full_rows,
     num_windows,
+    pad_rows,
     predict_logits,
-    sum_windows,
     torch_forward,
     window_corners,
+    window_rows,
     window_starts,
     window_weight,
 )
-from toy_models import Toy, as_stored, nearest_level
+from toy_models import Toy, as_stored, mixing, nearest_level
 
 CPU = torch.device("cpu")
 
@@ -129,13 +134,42 @@ def test_a_caller_may_run_some_of_the_windows():
     corners = window_corners((24, 16, 16), plan)
     assert corners == [(0, 0, 0), (8, 0, 0)]
     forward = torch_forward(nearest_level(3), CPU)
-    total = sum_windows(forward, image, plan.window_vox, corners[1:])
-    assert not total.weighted[:, :8].any()
-    assert not total.weight[:8].any()
-    torch.testing.assert_close(total.weight[8:], window_weight((16, 16, 16)))
-    torch.testing.assert_close(total.weighted[:, 8:] / total.weight[8:], forward(image[None, :, 8:])[0])
+    rows = list(window_rows(forward, rows_of(image.numpy()), plan.window_vox, corners[1:], slice(0, 16)))
+    assert not any(row is not None and row.weight.any() for row in rows[:8])
+    weight = torch.stack([row.weight for row in rows[8:]])
+    torch.testing.assert_close(weight, window_weight((16, 16, 16)))
+    answer = torch.stack([row.weighted / row.weight for row in rows[8:]], dim=1)
+    torch.testing.assert_close(answer, forward(image[None, :, 8:])[0])
 
 
-def test_no_window_at_all_is_refused():
-    with pytest.raises(ValueError, match="an image has at least one window"):
-        sum_windows(torch_forward(nearest_level(3), CPU), torch.zeros(1, 8, 8, 8), (4, 4, 4), [])
+def test_rows_beyond_the_last_window_have_no_answer():
+    image = rows_of(np.zeros((1, 24, 16, 16), np.float32))
+    forward = torch_forward(nearest_level(3), CPU)
+    rows = list(window_rows(forward, image, (8, 16, 16), [(4, 0, 0)], slice(0, 16)))
+    assert [row is not None and bool(row.weight.any()) for row in rows] == [4 <= n < 12 for n in range(24)]
+    assert list(window_rows(forward, image, (8, 16, 16), [], slice(0, 16))) == [None] * 24
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    window=st.tuples(*[st.integers(4, 20)] * 3),
+    cuts=st.lists(st.integers(0, 40), max_size=3),
+    seed=st.integers(0, 2**32),
+)
+def test_a_stretch_has_the_very_values_of_the_whole(shape, window, cuts, seed):
+    """Bit for bit, however the second axis is cut: what is held at once must not show in a mask."""
+    rows = rows_of(np.random.default_rng(seed).normal(size=(1, *shape)).astype(np.float32))
+    plan = toy_plan(window_vox=window, whole_limit_vox=(1, 1, 1))
+    forward = torch_forward(mixing(), CPU)
+    padded = pad_rows(rows, window)
+    corners = window_corners(padded.rows.shape, plan)
+    count = shape[rows.order[1]]
+    ends = sorted({0, count, *(cut for cut in cuts if cut < count)})
+    whole = torch.stack(list(full_rows(forward, padded, plan, corners, slice(0, count))))
+    parts = [
+        torch.stack(list(full_rows(forward, padded, plan, corners, slice(first, stop))))
+        for first, stop in itertools.pairwise(ends)
+    ]
+    assert whole.shape == (shape[rows.order[0]], 3, count, shape[rows.order[2]])
+    assert torch.equal(torch.cat(parts, dim=2), whole)

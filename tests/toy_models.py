@@ -39,6 +39,15 @@ def above_level(num_outputs: int) -> Toy:
     return Toy(lambda images: torch.cat([images[:, :1] - level - 0.5 for level in range(num_outputs)], dim=1))
 
 
+def mixing(num_outputs: int = 3) -> Toy:
+    """Outputs that depend on all voxels of a pass, so that another window gives another answer."""
+    return Toy(
+        lambda images: torch.cat(
+            [images.mean(1, keepdim=True) * (n + 1) + images.mean() for n in range(num_outputs)], dim=1
+        )
+    )
+
+
 def constant(*logits: float) -> Toy:
     """The same logits everywhere."""
     return Toy(lambda images: torch.tensor(logits).view(1, -1, 1, 1, 1).expand(1, -1, *images.shape[2:]))

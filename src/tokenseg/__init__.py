@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenseg.data.volume import Volume, read_volume, write_mask
     from tokenseg.errors import TokenSegError
     from tokenseg.model.network import TokenSeg, TokenSegOutput
-    from tokenseg.segment import segment_volume
+    from tokenseg.predict import segment_volume
 
 __version__ = version("tokenseg")
 NOTICE = "Research software: not a medical device."
@@ -32,7 +32,7 @@ _HOME = {
     "Volume": "tokenseg.data.volume",
     "load_model": "tokenseg.checkpoint",
     "read_volume": "tokenseg.data.volume",
-    "segment_volume": "tokenseg.segment",
+    "segment_volume": "tokenseg.predict",
     "write_mask": "tokenseg.data.volume",
 }
 

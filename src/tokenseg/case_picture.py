@@ -19,7 +19,7 @@ from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.findings import Finding
 from tokenseg.data.formats import read_values
 from tokenseg.data.grids import resample
-from tokenseg.data.preprocess import to_canonical
+from tokenseg.data.orientation import to_canonical
 from tokenseg.data.volume import Grid, read_grid
 from tokenseg.errors import TokenSegError
 from tokenseg.files import write_atomically

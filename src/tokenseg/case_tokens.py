@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import NetworkConfig, Plan
-from tokenseg.data.preprocess import GridRecord, prepare_image, restore_logits, turn_to_ras
+from tokenseg.data.orientation import turn_to_ras
+from tokenseg.data.preprocess import GridRecord, prepare_image, rows_of
+from tokenseg.data.restore import restore_logits
 from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenRecord, TokenSegOutput
 from tokenseg.model.quantizer import FiniteScalarQuantizer
-from tokenseg.segment import check_finite
+from tokenseg.predict import check_finite
 from tokenseg.shapes import BoolMask, Images
-from tokenseg.windows import pad_to_window, predict_logits, torch_forward, window_corners
+from tokenseg.windows import PaddedRows, in_order, pad_rows, predict_logits, torch_forward, window_corners
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +92,7 @@ def find_tokens(model: Model, volume: Volume) -> CaseTokens:
     listening = _Listening(model.network)
     logits = predict_logits(torch_forward(listening, model.device), prepared.image, plan)
     check_finite(logits, model)
-    padded, start = pad_to_window(torch.from_numpy(prepared.image), plan.window_vox)
-    passes = _find_passes((padded.shape[1], padded.shape[2], padded.shape[3]), start, plan)
+    passes = _find_passes(pad_rows(rows_of(prepared.image), plan.window_vox), plan)
     records = listening.records
     level = records[0].level.cpu().numpy()
     boxes = [each.boxes_vox.cpu().numpy() + where.corner for each, where in zip(records, passes, strict=True)]
@@ -150,11 +151,13 @@ class _Listening(nn.Module):
         return output
 
 
-def _find_passes(size: tuple[int, int, int], start: Sequence[int], plan: Plan) -> list[_Pass]:
+def _find_passes(image: PaddedRows, plan: Plan) -> list[_Pass]:
+    size, order = image.rows.shape, image.rows.order
     corners = window_corners(size, plan)
     length = size if corners is None else plan.window_vox
-    corners = corners or [(0, 0, 0)]
+    corners = in_order(corners or [(0, 0, 0)], order)
     firsts = [sorted({corner[axis] for corner in corners}) for axis in range(3)]
+    start = [image.place[order.index(axis)].start for axis in range(3)]
     passes = []
     for corner in corners:
         edges = [_edges(corner[i], firsts[i], length[i], plan.grid[i]) - start[i] for i in range(3)]

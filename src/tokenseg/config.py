@@ -256,6 +256,10 @@ class SegmentOptions:
     shard: str = ""
     """Part of a cohort, such as 2/8: every eighth case from the second on, for as many jobs side by side."""
 
+    max_memory: str = ""
+    """Memory that the process may take, such as 4GB: scans are computed in as many slabs as that needs, which takes
+    longer and changes nothing in the mask. Without it, what is free."""
+
     def part(self) -> tuple[int, int]:
         """Number and count of the shard; (1, 1) without one.
 

@@ -13,29 +13,31 @@ sliding window, that one runs instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, Vox3
 from tokenseg.data.coarse import coarse_image
+from tokenseg.data.preprocess import Rows, rows_of
+from tokenseg.data.resampling import axis_between, between, interpolated
 from tokenseg.errors import ConfigError
 from tokenseg.shapes import ImageArray
 from tokenseg.windows import (
+    Corner,
+    PaddedRows,
     WindowSum,
     forward_of,
-    num_windows,
-    pad_to_window,
-    predict_logits,
-    sum_windows,
-    unpad,
+    full_rows,
+    gathered,
+    pad_rows,
     window_corners,
+    window_rows,
 )
 
 KEPT_PROBABILITY = 0.5
@@ -43,13 +45,25 @@ KEPT_PROBABILITY = 0.5
 coarse voxel by what is around it too, so that a lesion shows well above this (decision 0018). No higher, so that all
 that the coarse view calls foreground is looked at."""
 
-Corner = tuple[int, int, int]
-
 
 class Steered(NamedTuple):
     """Logits of a scan, and how many windows they took."""
 
     logits: Float[Tensor, "L X Y Z"]
+    windows_run: int
+    """Passes at full spacing."""
+    windows_full: int
+    """Passes that the full sliding window takes; 1 where the scan runs whole."""
+
+
+class Route(NamedTuple):
+    """Where a network runs in a scan."""
+
+    image: PaddedRows
+    corners: Sequence[Corner] | None
+    """First voxels of the windows; None for one pass over all."""
+    coarse: Float[Tensor, "L Xc Yc Zc"] | None
+    """The coarse answer, where windows are steered by one."""
     windows_run: int
     """Passes at full spacing."""
     windows_full: int
@@ -63,33 +77,68 @@ def predict_steered(model: Model, image: ImageArray) -> Steered:
         model: Without a `coarse_factor` in its plan, all windows run.
         image: On the plan's grid, normalised.
     """
-    plan = model.facts.plan
-    # Windows lie on the image as it is padded to one window at least.
-    padded, start = pad_to_window(torch.from_numpy(image), plan.window_vox)
-    size = _shape3(padded.shape[1:])
-    full = window_corners(size, plan)
-    if full is None or plan.coarse_factor is None:
-        return predict_full(model, image)
-    coarse = look_coarsely(model, padded)
-    corners = cover(kept_voxels(coarse, plan), size, plan.window_vox, plan.coarse_factor)
-    if len(corners) >= len(full):
-        return predict_full(model, image)
-    logits = _spread(coarse, plan.coarse_factor, size)
-    if corners:
-        with torch.inference_mode():
-            total = sum_windows(forward_of(model), padded, plan.window_vox, corners)
-            _join(logits, total, fine_share(corners, size, plan.window_vox), _hull(corners, plan.window_vox))
-    return Steered(unpad(logits, start, image.shape[1:]), len(corners), len(full))
+    return _predict(model, image, full=False)
 
 
 def predict_full(model: Model, image: ImageArray) -> Steered:
     """Run a network over all of a prepared image at full spacing."""
+    return _predict(model, image, full=True)
+
+
+def _predict(model: Model, image: ImageArray, *, full: bool) -> Steered:
+    rows = rows_of(image)
+    route = choose_route(model, rows, full=full)
+    answers = logits_rows(model, route, slice(0, rows.shape[rows.order[1]]))
+    return Steered(gathered(answers, rows), route.windows_run, route.windows_full)
+
+
+def choose_route(model: Model, image: Rows, *, full: bool = False) -> Route:
+    """Decide where a network runs, by a coarse view if the model was trained on some.
+
+    Args:
+        model: Without a `coarse_factor` in its plan, all windows run.
+        image: On the plan's grid, normalised.
+        full: Run all windows in any case.
+    """
     plan = model.facts.plan
-    count = num_windows(image, plan)
-    return Steered(predict_logits(forward_of(model), image, plan), count, count)
+    # Windows lie on the image as it is padded to one window at least.
+    padded = pad_rows(image, plan.window_vox)
+    corners = window_corners(padded.rows.shape, plan)
+    count = 1 if corners is None else len(corners)
+    if corners is None or plan.coarse_factor is None or full:
+        return Route(padded, corners, None, count, count)
+    coarse = look_coarsely(model, padded.rows)
+    steered = cover(kept_voxels(coarse, plan), padded.rows.shape, plan.window_vox, plan.coarse_factor)
+    if len(steered) >= count:
+        return Route(padded, corners, None, count, count)
+    return Route(padded, steered, coarse, len(steered), count)
 
 
-def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> Float[Tensor, "L Xc Yc Zc"]:
+def logits_rows(model: Model, route: Route, stretch: slice) -> Iterator[Float[Tensor, "L b c"]]:
+    """Logits of a scan, row by row.
+
+    Args:
+        model: The same as for the route.
+        route: From `choose_route`.
+        stretch: Voxels of the second axis that are asked for.
+    """
+    plan, forward = model.facts.plan, forward_of(model)
+    if route.coarse is None or route.corners is None or plan.coarse_factor is None:
+        yield from full_rows(forward, route.image, plan, route.corners, stretch)
+        return
+    image, wanted = route.image, route.image.stretch(stretch)
+    spread = _Spread(route.coarse, plan.coarse_factor, image.rows, wanted)
+    ramps, depth = ramps_of(route.corners, image.rows, plan.window_vox), image.rows.shape[image.rows.order[2]]
+    sums = window_rows(forward, image.rows, plan.window_vox, route.corners, wanted)
+    for number, total in enumerate(sums):
+        if image.holds(number):
+            coarse = spread.row(number)
+            yield image.cut(
+                coarse if total is None else _joined(coarse, total, fine_share(ramps, number, wanted, depth))
+            )
+
+
+def look_coarsely(model: Model, image: Rows) -> Float[Tensor, "L Xc Yc Zc"]:
     """Logits of the coarse view of a whole image, in one pass.
 
     Args:
@@ -99,10 +148,22 @@ def look_coarsely(model: Model, image: Float[Tensor, "C X Y Z"]) -> Float[Tensor
     plan = model.facts.plan
     if plan.coarse_factor is None:
         raise ConfigError(f"model {model.facts.name!r} was trained without coarse views; run all windows")
-    view = torch.from_numpy(coarse_image(image.numpy(), plan.coarse_factor))
-    padded, start = pad_to_window(view, plan.window_vox)
-    with torch.inference_mode():
-        return unpad(forward_of(model)(padded[None])[0], start, view.shape[1:])
+    view = _coarse_view(image, plan.coarse_factor)
+    padded = pad_rows(rows_of(view), plan.window_vox)
+    logits = full_rows(forward_of(model), padded, plan, None, slice(0, view.shape[padded.rows.order[1] + 1]))
+    return gathered(logits, padded.rows)
+
+
+def _coarse_view(image: Rows, factor: Vox3) -> ImageArray:
+    """`coarse_image` of rows, a coarse row at a time."""
+    first, second, third = image.order
+    turned = factor[first], factor[second], factor[third]
+    count = image.shape[first]
+    rows = [
+        coarse_image(image.read(at, min(at + turned[0], count)).numpy(), turned) for at in range(0, count, turned[0])
+    ]
+    back = [image.order.index(axis) + 1 for axis in range(3)]
+    return np.ascontiguousarray(np.concatenate(rows, axis=1).transpose(0, *back))
 
 
 def kept_voxels(
@@ -160,17 +221,36 @@ def cover(kept: Bool[np.ndarray, "Xc Yc Zc"], size: Vox3, window: Vox3, factor: 
     return corners
 
 
-def fine_share(corners: Sequence[Corner], size: Vox3, window: Vox3) -> Float[Tensor, "X Y Z"]:
-    """How much the answer at full spacing counts in each voxel: 1 in the middle half of a window, 0 outside of all.
+class Ramps(NamedTuple):
+    """How much the answer of a window counts along each axis of the rows, from the first voxel of the window on."""
 
-    From the middle half to the edge of the window the share falls linearly, except towards the edge of the scan.
+    corner: Corner
+    along: tuple[Float[Tensor, " n"], Float[Tensor, " b"], Float[Tensor, " c"]]
+
+
+def ramps_of(corners: Sequence[Corner], image: Rows, window: Vox3) -> list[Ramps]:
+    """Ramps of windows, in the order of the rows.
+
+    A window counts in full in its middle half, and from there its share falls linearly to its edge, except towards the
+    edge of the scan.
     """
-    share = torch.zeros(size)
+    ramps = []
     for corner in corners:
-        x, y, z = (_ramp(*axis) for axis in zip(corner, size, window, strict=True))
-        place = tuple(slice(first, first + length) for first, length in zip(corner, window, strict=True))
-        own = torch.minimum(torch.minimum(x[:, None, None], y[None, :, None]), z[None, None, :])
-        share[place] = torch.maximum(share[place], own)
+        first, second, third = (_ramp(corner[axis], image.shape[axis], window[axis]) for axis in image.order)
+        row, b, c = (corner[axis] for axis in image.order)
+        ramps.append(Ramps((row, b, c), (first, second, third)))
+    return ramps
+
+
+def fine_share(ramps: Sequence[Ramps], number: int, stretch: slice, depth: int) -> Float[Tensor, "b c"]:
+    """How much the answer at full spacing counts in a row: 1 in the middle half of a window, 0 outside of all."""
+    share = torch.zeros(stretch.stop - stretch.start, depth)
+    for (row, b, c), (along, across, deep) in ramps:
+        low, high = max(b, stretch.start), min(b + len(across), stretch.stop)
+        if row <= number < row + len(along) and low < high:
+            own = torch.minimum(across[low - b : high - b, None], deep[None]).clamp(max=float(along[number - row]))
+            place = slice(low - stretch.start, high - stretch.start), slice(c, c + len(deep))
+            share[place] = torch.maximum(share[place], own)
     return share
 
 
@@ -218,29 +298,25 @@ def _ramp(first: int, size: int, window: int) -> Float[Tensor, " w"]:
     return share
 
 
-def _join(
-    coarse: Float[Tensor, "L X Y Z"], fine: WindowSum, share: Float[Tensor, "X Y Z"], box: tuple[slice, ...]
-) -> None:
-    """Put the answer at full spacing into the coarse one, within a box that holds all windows."""
-    own, share = coarse[(slice(None), *box)], share[box]
-    logits = fine.weighted[(slice(None), *box)] / fine.weight[box].clamp(min=torch.finfo(torch.float32).tiny)
+def _joined(coarse: Float[Tensor, "L b c"], fine: WindowSum, share: Float[Tensor, "b c"]) -> Float[Tensor, "L b c"]:
+    """A row of the answer at full spacing put into the coarse one."""
+    logits = fine.weighted / fine.weight.clamp(min=torch.finfo(torch.float32).tiny)
     # A share of exactly 1 must give the very value.
-    own.copy_(torch.where(share == 1, logits, torch.lerp(own, logits, share)))
+    return torch.where(share == 1, logits, coarse * (1 - share) + logits * share)
 
 
-def _hull(corners: Sequence[Corner], window: Vox3) -> tuple[slice, ...]:
-    """The box around all windows."""
-    ends = zip(zip(*corners, strict=True), window, strict=True)
-    return tuple(slice(min(firsts), max(firsts) + length) for firsts, length in ends)
+class _Spread:
+    """Coarse logits, interpolated linearly to full spacing row by row."""
 
+    def __init__(self, logits: Float[Tensor, "L Xc Yc Zc"], factor: Vox3, image: Rows, stretch: slice) -> None:
+        first, second, third = image.order
+        along, across, deep = (
+            axis_between(logits.shape[axis + 1], logits.shape[axis + 1] * factor[axis]) for axis in image.order
+        )
+        self._along = along
+        self._across = across.part(stretch.start, stretch.stop), deep.part(0, image.shape[third])
+        self._coarse = logits.permute(first + 1, 0, second + 1, third + 1)
 
-def _spread(logits: Float[Tensor, "L Xc Yc Zc"], factor: Vox3, size: Vox3) -> Float[Tensor, "L X Y Z"]:
-    """Interpolate coarse logits linearly to full spacing."""
-    whole = [count * length for count, length in zip(factor, logits.shape[1:], strict=True)]
-    x, y, z = size
-    return F.interpolate(logits[None], size=whole, mode="trilinear", align_corners=False)[0, :, :x, :y, :z]
-
-
-def _shape3(sizes: Sequence[int]) -> Vox3:
-    x, y, z = sizes
-    return x, y, z
+    def row(self, number: int) -> Float[Tensor, "L b c"]:
+        low, high, share = (values[number] for values in self._along[:3])
+        return interpolated(between(self._coarse[low], self._coarse[high], float(share)), self._across)

@@ -21,7 +21,8 @@ from tokenseg.checkpoint import Model
 from tokenseg.config import NUM_LEVELS, Plan
 from tokenseg.data.cases import Case, first_few
 from tokenseg.data.inputs import list_inputs, read_input
-from tokenseg.data.preprocess import select_channels, turn_to_ras
+from tokenseg.data.intensities import select_channels
+from tokenseg.data.orientation import turn_to_ras
 from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.files import write_atomically

@@ -2,31 +2,49 @@
 
 What computes a pass is a function of the caller: torch (`torch_forward`), or an engine. Which windows run is a list of
 corners, so that a caller may run some of them only.
+
+Windows run in the order of their first rows (`data.preprocess.Rows`), and a row of the answer is given out as soon as
+no later window reaches it. So what is held follows from one window and the plane across, not from the length of the
+scan. Where only a stretch of the second axis is asked for, the windows that meet it run, and give the same values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
-from tokenseg.config import Plan
+from tokenseg.config import Plan, Vox3
+from tokenseg.data.preprocess import Rows, rows_of
 from tokenseg.device import autocast
 from tokenseg.shapes import Forward, ImageArray, Images, Logits
 
+Corner: TypeAlias = tuple[int, int, int]
 
-class WindowSum(NamedTuple):
-    """Logits of overlapping windows before division; where no window lies, both are 0."""
 
-    weighted: Float[Tensor, "L X Y Z"]
-    """Sum of the windows' logits, each times the weight of the voxel in its window."""
-    weight: Float[Tensor, "X Y Z"]
-    """Sum of these weights."""
+class PaddedRows(NamedTuple):
+    """An image that is at least as large as a window, and where the image itself lies in it."""
+
+    rows: Rows
+    place: tuple[slice, slice, slice]
+    """Along the axes in the order of the rows."""
+
+    def holds(self, number: int) -> bool:
+        """Whether a row is of the image itself."""
+        return number in range(self.place[0].start, self.place[0].stop)
+
+    def stretch(self, stretch: slice) -> slice:
+        """A stretch of the second axis, with the padding at the ends of the image that it reaches."""
+        return slice(stretch.start + self.place[1].start, stretch.stop + self.place[1].start)
+
+    def cut(self, row: Float[Tensor, "L b padded"]) -> Float[Tensor, "L b c"]:
+        """Cut the padding off the third axis."""
+        return row[:, :, self.place[2]]
 
 
 def forward_of(model: Model) -> Forward:
@@ -58,35 +76,63 @@ def predict_logits(forward: Forward, image: ImageArray, plan: Plan) -> Float[Ten
         image: On the plan's grid, normalised.
         plan: Gives the window and the limit up to which an image runs whole.
     """
-    size = image.shape[1:]
-    padded, start = pad_to_window(torch.from_numpy(image), plan.window_vox)
-    corners = window_corners((padded.shape[1], padded.shape[2], padded.shape[3]), plan)
-    with torch.inference_mode():
-        if corners is None:
-            logits = forward(padded[None])[0]
-        else:
-            total = sum_windows(forward, padded, plan.window_vox, corners)
-            logits = total.weighted.div_(total.weight)
-    return unpad(logits, start, size)
+    rows = rows_of(image)
+    padded = pad_rows(rows, plan.window_vox)
+    corners = window_corners(padded.rows.shape, plan)
+    return gathered(full_rows(forward, padded, plan, corners, slice(0, rows.shape[rows.order[1]])), rows)
 
 
-def pad_to_window(
-    image: Float[Tensor, "C X Y Z"], window: tuple[int, int, int]
-) -> tuple[Float[Tensor, "C Xp Yp Zp"], list[int]]:
+def full_rows(
+    forward: Forward, image: PaddedRows, plan: Plan, corners: Sequence[Corner] | None, stretch: slice
+) -> Iterator[Float[Tensor, "L b c"]]:
+    """Logits of an image at full spacing, row by row.
+
+    Args:
+        forward: One pass of the network.
+        image: Padded to a window at least.
+        plan: Gives the window.
+        corners: From `window_corners`; None for one pass over all.
+        stretch: Voxels of the second axis, before padding, that are asked for.
+    """
+    wanted = image.stretch(stretch)
+    if corners is None:
+        rows = (row[:, wanted] for row in _one_pass(forward, image.rows))
+    else:
+        sums = window_rows(forward, image.rows, plan.window_vox, corners, wanted)
+        rows = (total.weighted.div_(total.weight) for total in sums if total is not None)
+    for number, row in enumerate(rows):
+        if image.holds(number):
+            yield image.cut(row)
+
+
+def gathered(answers: Iterator[Float[Tensor, "L b c"]], image: Rows) -> Float[Tensor, "L X Y Z"]:
+    """Put all rows of an answer together, with the axes of the image in their places."""
+    turned = torch.stack(list(answers), dim=1)
+    back = sorted(range(3), key=image.order.__getitem__)
+    return turned.permute(0, *(place + 1 for place in back))
+
+
+def pad_rows(image: Rows, window: Vox3) -> PaddedRows:
     """Centre an image that is smaller than the training window in one, as training does."""
-    missing = [max(0, length - size) for length, size in zip(window, image.shape[1:], strict=True)]
-    start = [length // 2 for length in missing]
-    padding = [side for first, total in zip(start, missing, strict=True) for side in (total - first, first)]
-    return nn.functional.pad(image, padding[::-1]), start
+    sizes = [max(length, size) for length, size in zip(image.shape, window, strict=True)]
+    starts = [(size - length) // 2 for length, size in zip(image.shape, sizes, strict=True)]
+    x, y, z = (slice(starts[axis], starts[axis] + image.shape[axis]) for axis in image.order)
+    rows, b, c = (sizes[axis] for axis in image.order)
+
+    def read(first: int, stop: int) -> Float[Tensor, "C n b c"]:
+        padded = torch.zeros(image.num_channels, stop - first, b, c)
+        low, high = max(first, x.start), min(stop, x.stop)
+        if low < high:
+            padded[:, low - first : high - first, y, z] = image.read(low - x.start, high - x.start)
+        return padded
+
+    is_large = (rows, b, c) == _turned(image.shape, image.order)
+    padded = Rows((sizes[0], sizes[1], sizes[2]), image.order, image.num_channels, image.read if is_large else read)
+    return PaddedRows(padded, (x, y, z))
 
 
-def unpad(logits: Float[Tensor, "L Xp Yp Zp"], start: Sequence[int], size: Sequence[int]) -> Float[Tensor, "L X Y Z"]:
-    """Cut an image of `size` out of the window that `pad_to_window` put it in."""
-    return logits[(slice(None), *(slice(first, first + length) for first, length in zip(start, size, strict=True)))]
-
-
-def window_corners(size: tuple[int, int, int], plan: Plan) -> list[tuple[int, int, int]] | None:
-    """First voxels of the sliding windows over a padded image of this size, in the order in which they run.
+def window_corners(size: Vox3, plan: Plan) -> list[Vox3] | None:
+    """First voxels of the sliding windows over a padded image of this size.
 
     None where the image runs whole.
     """
@@ -109,36 +155,131 @@ def window_starts(size: int, window: int) -> list[int]:
     return [round(step * (size - window) / steps) for step in range(steps + 1)] if steps else [0]
 
 
-def sum_windows(
-    forward: Forward,
-    image: Float[Tensor, "C X Y Z"],
-    window: tuple[int, int, int],
-    corners: Sequence[tuple[int, int, int]],
-) -> WindowSum:
-    """Run the windows at `corners`, one after the other, and add up their logits by the weight of each voxel.
+class WindowSum(NamedTuple):
+    """A row of the logits of overlapping windows before division."""
+
+    weighted: Float[Tensor, "L b c"]
+    """Sum of the windows' logits, each times the weight of the voxel in its window."""
+    weight: Float[Tensor, "b c"]
+    """Sum of these weights."""
+
+
+def window_rows(
+    forward: Forward, image: Rows, window: Vox3, corners: Sequence[Corner], stretch: slice
+) -> Iterator[WindowSum | None]:
+    """Run the windows at `corners` that meet a stretch of the second axis, and add up their logits row by row.
 
     Args:
         forward: One pass of the network.
         image: At least as large as the window.
         window: Size of every window, voxels.
-        corners: First voxels of the windows; at least one.
+        corners: First voxels of the windows along X, Y, Z.
+        stretch: Voxels of the second axis that are asked for.
+
+    Returns:
+        Every row of the image, in order: zeros where no window lies, None for a row that none reaches.
     """
-    weight = window_weight(window)
-    total: Tensor | None = None
-    norm = torch.zeros(image.shape[1:])
-    for corner in corners:
-        place = tuple(slice(first, first + length) for first, length in zip(corner, window, strict=True))
-        logits = forward(image[(slice(None), *place)][None])[0]
-        if total is None:
-            total = torch.zeros(logits.shape[0], *image.shape[1:])
-        total[(slice(None), *place)] += logits * weight
-        norm[place] += weight
-    if total is None:
-        raise ValueError("an image has at least one window")
-    return WindowSum(total, norm)
+    length, width, depth = _turned(window, image.order)
+    turned = [_turned(corner, image.order) for corner in in_order(corners, image.order)]
+    met = [corner for corner in turned if corner[1] < stretch.stop and corner[1] + width > stretch.start]
+    num_rows, _, whole_depth = _turned(image.shape, image.order)
+    sums = _RowSums(length, whole_depth, stretch)
+    held = _HeldRows(
+        image, length, slice(min((c[1] for c in met), default=0), max((c[1] for c in met), default=0) + width)
+    )
+    weight = window_weight((length, width, depth))
+    given = 0
+    for row, b, c in met:
+        while given < row:
+            yield sums.take(given)
+            given += 1
+        seen = held.read(row)[:, :, b - held.across.start : b - held.across.start + width, c : c + depth]
+        logits = forward(_untwisted(seen, image.order)[None])[0]
+        sums.add(logits.permute(0, *(axis + 1 for axis in image.order)), weight, (row, b, c))
+    for number in range(given, num_rows):
+        yield sums.take(number)
 
 
-def window_weight(window: tuple[int, int, int]) -> Float[Tensor, "X Y Z"]:
+def in_order(corners: Sequence[Corner], order: Vox3) -> list[Corner]:
+    """Windows in the order in which they run: by their first rows."""
+    return sorted(corners, key=lambda corner: _turned(corner, order))
+
+
+def _one_pass(forward: Forward, image: Rows) -> Iterator[Float[Tensor, "L b c"]]:
+    rows = image.read(0, image.shape[image.order[0]])
+    logits = forward(_untwisted(rows, image.order)[None])[0]
+    first, second, third = (axis + 1 for axis in image.order)
+    yield from logits.permute(first, 0, second, third)
+
+
+def _turned(sizes: Vox3, order: Vox3) -> Vox3:
+    """Sizes along X, Y, Z in the order of the rows."""
+    first, second, third = order
+    return sizes[first], sizes[second], sizes[third]
+
+
+def _untwisted(rows: Float[Tensor, "C n b c"], order: Vox3) -> Float[Tensor, "C X Y Z"]:
+    """Rows with their axes back in the order X, Y, Z."""
+    return rows.permute(0, *(order.index(axis) + 1 for axis in range(3))).contiguous()
+
+
+class _HeldRows:
+    """The rows of an image that one window reaches over, read once each where windows follow each other."""
+
+    def __init__(self, image: Rows, length: int, across: slice) -> None:
+        self._image, self._length, self.across = image, length, across
+        self._first = -length
+        self._rows: Float[Tensor, "C n b c"] | None = None
+
+    def read(self, first: int) -> Float[Tensor, "C n b c"]:
+        """The rows from `first` on, and of the second axis those of `across`."""
+        stop, known = first + self._length, self._first + self._length
+        if self._rows is None or first >= known:
+            self._rows = None  # free before more is read
+            self._rows = self._image.read(first, stop)[:, :, self.across].clone()
+        elif first > self._first:
+            new = self._image.read(known, stop)[:, :, self.across]
+            self._rows = torch.cat([self._rows[:, first - self._first :], new], dim=1)
+        self._first = first
+        return self._rows
+
+
+class _RowSums:
+    """Sums of the windows for as many rows as a window reaches over, in a ring; a row is free once it was taken."""
+
+    def __init__(self, length: int, depth: int, stretch: slice) -> None:
+        self._length, self._stretch = length, stretch
+        self._reach = 0
+        self._weight = torch.zeros(length, stretch.stop - stretch.start, depth)
+        self._weighted: Float[Tensor, "L n b c"] | None = None
+
+    def add(self, logits: Float[Tensor, "L n bw cw"], weight: Float[Tensor, "n bw cw"], corner: Corner) -> None:
+        if self._weighted is None:
+            self._weighted = torch.zeros(len(logits), *self._weight.shape)
+        row, b, c = corner
+        low, high = max(b, self._stretch.start), min(b + logits.shape[2], self._stretch.stop)
+        own = slice(low - b, high - b)
+        place = slice(low - self._stretch.start, high - self._stretch.start), slice(c, c + logits.shape[3])
+        slot = row % self._length
+        to_end = self._length - slot
+        for part, slots in ((slice(0, to_end), slice(slot, None)), (slice(to_end, None), slice(0, slot))):
+            if slots != slice(0, 0):
+                self._weighted[(slice(None), slots, *place)] += logits[:, part, own] * weight[part, own]
+                self._weight[(slots, *place)] += weight[part, own]
+        self._reach = row + self._length
+
+    def take(self, number: int) -> WindowSum | None:
+        """Give a row out, and leave zeros; None beyond the last window."""
+        if self._weighted is None or number >= self._reach:
+            return None
+        slot = number % self._length
+        total = WindowSum(self._weighted[:, slot].clone(), self._weight[slot].clone())
+        self._weighted[:, slot] = 0
+        self._weight[slot] = 0
+        return total
+
+
+def window_weight(window: Vox3) -> Float[Tensor, "X Y Z"]:
     """Weight of each voxel of a window: a Gaussian of sigma 1/8 window, at least a thousandth."""
     axes = []
     for length in window:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 
 from tokenseg.benchmark.networks import TOKENSEG, make_plan
-from tokenseg.data.preprocess import prepare_image, restore_logits
+from tokenseg.data.preprocess import prepare_image
+from tokenseg.data.restore import restore_logits
 from tokenseg.data.volume import Volume, read_volume, write_mask, write_volume
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenSeg

@@ -16,9 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenseg.memory import status_kib
+
 _PROCESS = Path("/proc/self")
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 _POLL_SECONDS = 0.02
 
 
@@ -41,26 +41,13 @@ def peak_mib(work: Callable[[], object]) -> float | None:
     gc.collect()
     _give_back_freed()
     try:
-        before = _status_kib(_PROCESS, "VmRSS")
+        before = status_kib(_PROCESS, "VmRSS")
         # Begins the count of the highest anew.
         (_PROCESS / "clear_refs").write_text("5")
     except (OSError, StopIteration):
         return None
     work()
-    return max(0, _status_kib(_PROCESS, "VmHWM") - before) / 1024
-
-
-def available_mib() -> float | None:
-    """Memory that a new process could use without pushing out another: of the machine, or of its container."""
-    try:
-        lines = _MEMINFO.read_text().splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) / 1024
-    except (OSError, StopIteration):
-        return None
-    with suppress(OSError, ValueError):
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, (limit - used) / 2**20)
-    return free
+    return max(0, status_kib(_PROCESS, "VmHWM") - before) / 1024
 
 
 def run_limited(command: Sequence[str], limit_mib: float | None) -> Ended:
@@ -89,7 +76,7 @@ def _watch(child: subprocess.Popen[bytes], limit_mib: float) -> bool:
         (folder / "oom_score_adj").write_text("1000")
     while child.poll() is None:
         with suppress(OSError, StopIteration):
-            if _status_kib(folder, "VmRSS") / 1024 > limit_mib:
+            if status_kib(folder, "VmRSS") / 1024 > limit_mib:
                 child.kill()
                 return True
         time.sleep(_POLL_SECONDS)
@@ -101,8 +88,3 @@ def _give_back_freed() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status_kib(process: Path, key: str) -> int:
-    lines = (process / "status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])

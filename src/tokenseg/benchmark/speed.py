@@ -19,7 +19,7 @@ import torch
 from tokenseg.benchmark.end_to_end import SCAN_VOX, STAGES
 from tokenseg.benchmark.latency import ratio, summarise
 from tokenseg.benchmark.manifest import manifest
-from tokenseg.benchmark.memory import available_mib, run_limited
+from tokenseg.benchmark.memory import run_limited
 from tokenseg.benchmark.networks import check_names
 from tokenseg.benchmark.passes import Setting
 from tokenseg.benchmark.rows import Row, append, read_rows
@@ -27,6 +27,7 @@ from tokenseg.benchmark.speed_options import PrecisionName, SpeedOptions
 from tokenseg.benchmark.speed_rows import COLUMNS, FORWARD
 from tokenseg.benchmark.worker import Job, Result, to_json
 from tokenseg.device import bfloat16_helps, choose_device
+from tokenseg.memory import available_mib
 from tokenseg.progress import Progress, Silent
 from tokenseg.shapes import times
 

@@ -18,7 +18,7 @@ from tokenseg.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from tokenseg.checkpoint import Model
-    from tokenseg.segment import CaseResult
+    from tokenseg.outputs import CaseResult
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,13 @@ import numpy as np
 
 from tokenseg.config import Plan
 from tokenseg.data.channel_names import is_ct, phase_name
+from tokenseg.data.dicom_grid import stack_slices
 from tokenseg.data.dicom_phases import choose_phases, split_phases
 from tokenseg.data.dicom_pixels import read_frames
-from tokenseg.data.dicom_series import Frame, Series, list_series
-from tokenseg.data.volume import Volume, check_same_grid
-from tokenseg.errors import DataError
+from tokenseg.data.dicom_series import Frame, Series, list_series, placements_of
+from tokenseg.data.volume import Volume, check_same_grid, join_channels
+from tokenseg.errors import DataError, GeometryError
+from tokenseg.shapes import Affine
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,23 @@ def read_exam(exam: Exam, plan: Plan) -> Volume:
     first = volumes[0]
     for channel, volume in zip(channels[1:], volumes[1:], strict=True):
         check_same_grid(first, volume, (str(channels[0].series), str(channel.series)))
-    arrays = [volume.array for volume in volumes]
-    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return Volume(array, first.affine, tuple(channel.name for channel in channels), first.header)
+    return join_channels(volumes)
+
+
+def exam_size(exam: Exam, plan: Plan) -> tuple[tuple[int, int, int], Affine, int]:
+    """Voxels, affine and number of the channels that `read_exam` gives, from the headers.
+
+    Raises:
+        DataError: See `choose_channels`.
+        GeometryError: Slices make no regular grid.
+    """
+    channels = choose_channels(exam, plan)
+    frames = channels[0].frames
+    placements = placements_of(frames)
+    if not placements:
+        raise GeometryError(f"{channels[0].series}: no slice has an ImagePositionPatient; export the series again")
+    rows, columns = placements[0].size
+    return (columns, rows, len(frames)), stack_slices(placements).affine, len(channels)
 
 
 def phase_table(exam: Exam, plan: Plan) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from nibabel.nifti1 import Nifti1Header
 
 from tokenseg.data import itk, nifti
@@ -90,6 +90,13 @@ def read_header(path: Path) -> Stored:
     return Stored(*nifti.read_header(path))
 
 
+def voxel_bytes(path: Path) -> int:
+    """Memory a voxel of a file that reading takes beside what it gives, from the header; see `read_header`."""
+    header = read_header(path).header
+    # SimpleITK gives its values as a copy, and does not say their type in a few words: two of 16 bits.
+    return int(header.get_data_dtype().itemsize) if isinstance(header, Nifti1Header) else 4  # type: ignore[no-untyped-call]
+
+
 def read_values(path: Path) -> tuple[Stored, Shaped[np.ndarray, "*shape"]]:
     """Read the whole file: float64 where a header scales the values, else as stored.
 
@@ -104,6 +111,16 @@ def read_values(path: Path) -> tuple[Stored, Shaped[np.ndarray, "*shape"]]:
         return Stored(shape, geometry.affine, geometry), values.reshape(shape)
     header, values = nifti.read_values(path)
     return Stored(*header), values
+
+
+def read_intensities(path: Path) -> tuple[Stored, Float[np.ndarray, "*shape"]]:
+    """Read the whole file as float32, scaled as its header says; for the errors see `read_values`."""
+    if image_ending(path) in ITK_ENDINGS:
+        stored, values = read_values(path)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return stored, values.astype(np.float32)
+    header, intensities = nifti.read_intensities(path)
+    return Stored(*header), intensities
 
 
 def write_values(

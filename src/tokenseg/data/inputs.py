@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,13 +13,15 @@ from tokenseg.config import Plan
 from tokenseg.data.cases import Case, check_case_ids
 from tokenseg.data.channel_names import phase_name
 from tokenseg.data.datasets import list_dataset_images, read_images
-from tokenseg.data.dicom_exam import list_exams, phase_table, read_exam
+from tokenseg.data.dicom_exam import exam_size, list_exams, phase_table, read_exam
 from tokenseg.data.dicom_files import may_be_dicom
 from tokenseg.data.dicom_seg import NO_FINDINGS_ENDING, read_seg
 from tokenseg.data.folders import group_channels, image_files, is_unnamed, name_channels
-from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, voxel_bytes
+from tokenseg.data.orientation import orientation, shape3
 from tokenseg.data.volume import Mask, Volume, read_grid, read_mask
 from tokenseg.errors import ConfigError, DataError, FileError
+from tokenseg.shapes import Affine
 
 
 def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
@@ -78,6 +81,44 @@ def describe_input(case: Case, plan: Plan) -> tuple[str, ...]:
     return () if case.exam is None else phase_table(case.exam, plan)
 
 
+class InputSize(NamedTuple):
+    """What is known of a scan before it is read."""
+
+    shape: tuple[int, int, int]
+    """Voxels along the stored axes."""
+    affine: Affine
+    num_channels: int
+    bytes_while_read: int
+    """Memory a voxel that reading takes beside the float32 intensities."""
+
+    @property
+    def ras_shape(self) -> tuple[int, int, int]:
+        """Voxels along right, anterior, superior."""
+        axes, _ = orientation(self.affine)
+        return shape3(self.shape[stored] for stored in np.argsort(axes))
+
+    @property
+    def ras_spacing_mm(self) -> tuple[float, float, float]:
+        """Spacing along right, anterior, superior."""
+        axes, _ = orientation(self.affine)
+        x, y, z = (float(np.linalg.norm(self.affine[:3, stored])) for stored in np.argsort(axes))
+        return x, y, z
+
+
+def input_size(case: Case, plan: Plan) -> InputSize:
+    """Read of a case how large it is.
+
+    Raises:
+        TokenSegError: It cannot be read, see `read_input`.
+    """
+    if case.exam is not None:
+        return InputSize(*exam_size(case.exam, plan), 0)
+    _checked_channels(case, plan)
+    grids = [read_grid(path) for path in case.images]
+    shape, affine = grids[0].shape, grids[0].affine
+    return InputSize(shape, affine, sum(grid.num_channels for grid in grids), voxel_bytes(case.images[0]))
+
+
 def read_written_mask(case: Case, path: Path, plan: Plan) -> Mask:
     """Read back the mask that was written of a case, in whatever form it was: a file, a DICOM SEG, or no findings.
 
@@ -104,6 +145,11 @@ def read_input(case: Case, plan: Plan) -> Volume:
     """
     if case.exam is not None:
         return read_exam(case.exam, plan)
+    return read_images(case, _checked_channels(case, plan))
+
+
+def _checked_channels(case: Case, plan: Plan) -> tuple[str, ...]:
+    """Names of the channels of a case, none missing and none unknown."""
     # A listed case knows its channels; a loose file's are in its header. A patient folder may be empty.
     channels = _file_channels(case.images[0], plan) if case.images and not case.channels else case.channels
     missing = [name for name in plan.source_channels if name not in channels]
@@ -118,7 +164,7 @@ def read_input(case: Case, plan: Plan) -> Volume:
             f"model expects {', '.join(plan.source_channels)}; {case.case_id} has {given}: {'; '.join(faults)}. "
             f"Numbers in file names mean: {files}"
         )
-    return read_images(case, channels)
+    return channels
 
 
 def _flat_cases(paths: Sequence[Path], plan: Plan) -> tuple[Case, ...]:

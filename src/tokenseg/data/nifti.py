@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header, Nifti2Image
 from nibabel.spatialimages import HeaderDataError
@@ -73,6 +73,33 @@ def read_values(path: Path) -> tuple[NiftiHeader, Shaped[np.ndarray, "*shape"]]:
         DataError: It is neither 3D nor 4D, or not of real numbers.
         GeometryError: Its spacing, affine or unit is not usable.
     """
+    header, stored, scale = _read_stored(path)
+    if scale is None:
+        return header, stored
+    slope, inter = scale
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused as such
+        scaled = stored.astype(np.float64)
+        scaled *= slope
+        scaled += inter
+    return header, scaled
+
+
+def read_intensities(path: Path) -> tuple[NiftiHeader, Float[np.ndarray, "*shape"]]:
+    """Read the whole file as float32, scaled as `read_values` does it, a plane at a time; for the errors see there."""
+    header, stored, scale = _read_stored(path)
+    if scale is None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return header, stored.astype(np.float32)
+    slope, inter = scale
+    intensities = np.empty(stored.shape, np.float32, order="F")
+    with np.errstate(over="ignore", invalid="ignore"):
+        for index in np.ndindex(stored.shape[2:]):
+            intensities[(..., *index)] = stored[(..., *index)].astype(np.float64) * slope + inter
+    return header, intensities
+
+
+def _read_stored(path: Path) -> tuple[NiftiHeader, Shaped[np.ndarray, "*shape"], tuple[float, float] | None]:
+    """Voxels as stored, and the slope and intercept that scale them, if they do."""
     with _opened(path) as stream:
         header = _parse_header(stream, path)
         dtype = _real_dtype(header.raw, path)
@@ -82,10 +109,7 @@ def read_values(path: Path) -> tuple[NiftiHeader, Shaped[np.ndarray, "*shape"]]:
             pass
     stored = np.frombuffer(content, dtype).reshape(header.shape, order="F")
     slope, inter = header.raw.get_slope_inter()
-    if slope is None or (slope, inter) == (1, 0):
-        return header, stored
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused as such
-        return header, stored.astype(np.float64) * slope + inter
+    return header, stored, None if slope is None or (slope, inter) == (1, 0) else (slope, inter)
 
 
 def write_values(path: Path, values: Shaped[np.ndarray, "*shape"], header: Nifti1Header) -> None:

@@ -1,33 +1,30 @@
-"""From a scan to the network's grid, and from its outputs back to the scan's own grid, exactly.
+"""From a scan to the network's grid: axes to the closest RAS+ order, border cropped, intensities normalised, resampled.
 
-Forward: axes to the closest RAS+ order, constant border cropped away, intensities normalised, resampled to the
-plan's spacing. Every step is noted in a `GridRecord`, by which logits and labels go the same way back.
+Every step is noted in a `GridRecord`, by which the network's answers go the same way back (`restore.py`). A scan is
+prepared whole, for training, or a few rows at a time, for segmenting it in little memory (`open_scan`); the values are
+the same, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Integer, Shaped, UInt8
-from nibabel.orientations import io_orientation
+from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
-from tokenseg.config import ChannelNormalisation, Plan
+from tokenseg.config import Plan
+from tokenseg.data.intensities import Scaling, channel_terms, check_channels, find_scalings
+from tokenseg.data.orientation import Shape3, orientation, shape3, turn_to_ras
+from tokenseg.data.resampling import axis_between, between, interpolated, resampled
 from tokenseg.data.volume import Mask, Volume
 from tokenseg.errors import DataError, GeometryError
-from tokenseg.shapes import Affine, ImageArray, MaskArray, times
+from tokenseg.shapes import ImageArray, times
 
-Shape3: TypeAlias = tuple[int, int, int]
-
-PADDING_FRACTION = 0.25
-"""Above this share of voxels at a channel's minimum, they are padding and left out of its statistics."""
 MAX_GRID_VOXELS = 2**31
 """Largest volume that is prepared; beyond it a wrong spacing is the likely cause."""
 
@@ -57,12 +54,26 @@ class GridRecord:
     @property
     def canonical_shape(self) -> Shape3:
         """Shape of the whole scan in RAS+ axes."""
-        return _shape3(self.native_shape[stored] for stored in np.argsort(self.axes))
+        return shape3(self.native_shape[stored] for stored in np.argsort(self.axes))
 
     @property
     def crop_shape(self) -> Shape3:
         """Shape of what is kept of it, before resampling."""
-        return _shape3(stop - start for start, stop in zip(self.crop_start, self.crop_stop, strict=True))
+        return shape3(stop - start for start, stop in zip(self.crop_start, self.crop_stop, strict=True))
+
+    @property
+    def order(self) -> Shape3:
+        """RAS+ axes from the one with most voxels on the plan's grid to the one with fewest: rows lie across the first.
+
+        It follows from the grid alone, like all that decides in which order a scan is computed.
+        """
+        return shape3(sorted(range(3), key=lambda axis: -self.grid_shape[axis]))
+
+    @property
+    def kept_box(self) -> tuple[slice, slice, slice]:
+        """What is kept of the scan, in RAS+ axes."""
+        x, y, z = (slice(start, stop) for start, stop in zip(self.crop_start, self.crop_stop, strict=True))
+        return x, y, z
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +84,29 @@ class Prepared:
     record: GridRecord
 
 
-def select_channels(volume: Volume, plan: Plan) -> ImageArray:
-    """Pick the plan's channels by name, and form its differences, in stored intensities.
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """An image that is read a few rows at a time; a row is a plane across its first axis in `order`.
 
-    Raises:
-        DataError: The volume lacks a channel; channels are never matched by their position.
+    Attributes:
+        shape: Voxels along X, Y, Z.
+        order: Axes of the image, as the rows have them: read from row 2 to before row 5, C channels give (C, 3, b, c).
+        num_channels: C.
+        read: Gives rows from a first one to before another; float32.
     """
-    missing = [name for name in plan.needed_channels if name not in volume.channels]
-    if missing:
-        raise DataError(
-            f"model expects {', '.join(plan.needed_channels)}; {', '.join(missing)} is missing "
-            f"(given: {', '.join(volume.channels)}). Name the channels of the input, or add the missing one"
-        )
-    return np.stack([channel_image(expression, volume) for expression in plan.channels])
+
+    shape: Shape3
+    order: Shape3
+    num_channels: int
+    read: Callable[[int, int], Float[Tensor, "C n b c"]]
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedScan:
+    """A scan that is prepared as it is read, and the way back."""
+
+    rows: Rows
+    record: GridRecord
 
 
 def prepare_image(volume: Volume, plan: Plan, *, covering: Mask | None = None) -> Prepared:
@@ -105,13 +126,71 @@ def prepare_image(volume: Volume, plan: Plan, *, covering: Mask | None = None) -
         DataError: A channel is missing.
         GeometryError: The mask has another shape, or the scan is absurdly large at the plan's spacing.
     """
-    selected = select_channels(volume, plan)
+    scan = open_scan(volume, plan, covering=covering)
+    return Prepared(whole_image(scan.rows), scan.record)
+
+
+def open_scan(volume: Volume, plan: Plan, *, covering: Mask | None = None) -> OpenedScan:
+    """Make a scan ready to be prepared row by row; the arguments and errors are those of `prepare_image`."""
+    check_channels(volume, plan)
     record = _find_way(volume, plan, covering)
-    image = np.empty((len(selected), *record.grid_shape), dtype=np.float32)
-    for index, (channel, scaling) in enumerate(zip(selected, _find_scalings(selected, volume, plan), strict=True)):
-        cropped = _cropped(turn_to_ras(channel, record.axes, record.flipped), record)
-        image[index] = _resampled(torch.from_numpy(_scaled(cropped, scaling)), record.grid_shape).numpy()
-    return Prepared(image, record)
+    order = record.order
+    channels = [
+        _Channel(
+            [
+                turn_to_ras(term, record.axes, record.flipped)[record.kept_box].transpose(order)
+                for term in channel_terms(expression, volume)
+            ],
+            scaling,
+            shape3(record.grid_shape[axis] for axis in order),
+        )
+        for expression, scaling in zip(plan.channels, find_scalings(volume, plan), strict=True)
+    ]
+
+    def read(first: int, stop: int) -> Float[Tensor, "C n b c"]:
+        return torch.stack([channel.read(first, stop) for channel in channels])
+
+    return OpenedScan(Rows(record.grid_shape, order, len(channels), read), record)
+
+
+def rows_of(image: ImageArray) -> Rows:
+    """An image at hand as rows, in the order of a scan of its size."""
+    shape = shape3(image.shape[1:])
+    order = shape3(sorted(range(3), key=lambda axis: -shape[axis]))
+    turned = torch.from_numpy(image).permute(0, *(axis + 1 for axis in order))
+    return Rows(shape, order, len(image), lambda first, stop: turned[:, first:stop])
+
+
+def whole_image(rows: Rows) -> ImageArray:
+    """Read all rows, and put the axes back in their places."""
+    turned = rows.read(0, rows.shape[rows.order[0]]).numpy()
+    return np.ascontiguousarray(turned.transpose(0, *(place + 1 for place in np.argsort(rows.order))))
+
+
+class _Channel:
+    """One channel of the network, prepared a few rows at a time.
+
+    A plane of the scan is scaled and resampled within itself, and rows are blended from two such planes. The last two
+    planes are kept, since the next row needs them as a rule.
+    """
+
+    def __init__(self, terms: Sequence[Float[np.ndarray, "a b c"]], scaling: Scaling, grid: Shape3) -> None:
+        self._terms, self._scaling = terms, scaling
+        self._along, *self._across = (axis_between(*counts) for counts in zip(terms[0].shape, grid, strict=True))
+        self._planes: dict[int, Float[Tensor, "b c"]] = {}
+
+    def read(self, first: int, stop: int) -> Float[Tensor, "n b c"]:
+        part = self._along.part(first, stop)
+        rows = torch.empty(stop - first, *(len(axis.low) for axis in self._across))
+        for row, low, high, share in zip(rows, *(each.tolist() for each in part[:3]), strict=True):
+            planes = {index: self._planes.get(index) for index in ((low, high) if share else (low,))}
+            self._planes = {i: self._plane(i) if plane is None else plane for i, plane in planes.items()}
+            row.copy_(between(self._planes[low], self._planes.get(high, self._planes[low]), share))
+        return rows
+
+    def _plane(self, index: int) -> Float[Tensor, "b c"]:
+        stored = reduce(np.subtract, [term[index] for term in self._terms])
+        return interpolated(torch.from_numpy(self._scaling.applied(stored)), self._across)
 
 
 def prepare_labels(mask: Mask, record: GridRecord, plan: Plan) -> UInt8[np.ndarray, "R Xp Yp Zp"]:
@@ -131,7 +210,7 @@ def prepare_labels(mask: Mask, record: GridRecord, plan: Plan) -> UInt8[np.ndarr
     _check_mask_shape(mask, record.native_shape)
     _check_known_values(mask, plan)
     canonical = turn_to_ras(mask.array, record.axes, record.flipped)
-    cropped = _cropped(canonical, record)
+    cropped = canonical[record.kept_box]
     num_lost = np.count_nonzero(canonical) - np.count_nonzero(cropped)
     if num_lost:
         raise DataError(
@@ -140,122 +219,41 @@ def prepare_labels(mask: Mask, record: GridRecord, plan: Plan) -> UInt8[np.ndarr
         )
     values = [label.values for label in plan.labels]
     shares = (
-        _resampled(torch.from_numpy(np.isin(cropped, value).astype(np.float32)), record.grid_shape)
+        resampled(torch.from_numpy(np.isin(cropped, value).astype(np.float32)), record.grid_shape)
         for value in (values if plan.regions else [(0,), *values])
     )
     if plan.regions:
         return np.stack([(share > 0.5).numpy().astype(np.uint8) for share in shares])
-    return _largest(shares, range(plan.num_outputs), torch.uint8).numpy()[np.newaxis]
-
-
-def restore_logits(logits: Float[Tensor, "L Xp Yp Zp"], record: GridRecord, plan: Plan) -> MaskArray:
-    """Turn network outputs on the plan's grid into a mask on the scan's own grid, in the user's label values.
-
-    Logits are resampled one output at a time, so memory stays at a few volumes however many labels there are.
-    Exclusive labels: the largest output wins, background in a tie. Regions: positive logits, painted in the order of
-    `plan.labels`, later over earlier. What was cropped is background.
-
-    Args:
-        logits: One volume an output of the network, on any device.
-        record: From `prepare_image`.
-        plan: The settings of the dataset.
-
-    Returns:
-        Mask in stored axis order; uint8, or int32 where an output value is above 255.
-
-    Raises:
-        GeometryError: The logits are not on the grid of the record.
-    """
-    if logits.shape[1:] != record.grid_shape or len(logits) != plan.num_outputs:
-        raise GeometryError(
-            f"logits have shape {tuple(logits.shape)}; the record and plan say {(plan.num_outputs, *record.grid_shape)}"
-        )
-    values = [label.output_value for label in plan.labels]
-    dtype = torch.uint8 if max(values) <= np.iinfo(np.uint8).max else torch.int32
-    resampled = (_resampled(logit.float(), record.crop_shape) for logit in logits)
-    cropped = _painted(resampled, values, dtype) if plan.regions else _largest(resampled, [0, *values], dtype)
-    whole = _uncropped(cropped.cpu().numpy(), record)
-    return np.ascontiguousarray(_native(whole, record.axes, record.flipped))
-
-
-def restore_labels(labels: UInt8[np.ndarray, "R Xp Yp Zp"], record: GridRecord, plan: Plan) -> MaskArray:
-    """Take label maps, as `prepare_labels` makes them, back to the scan's own grid and the user's label values.
-
-    Raises:
-        GeometryError: The maps are not on the grid of the record.
-    """
-    maps = torch.from_numpy(labels)
-    if plan.regions:
-        return restore_logits(maps.float() - 0.5, record, plan)
-    return restore_logits(torch.cat([maps == value for value in range(plan.num_outputs)]).float(), record, plan)
-
-
-class _Scaling(NamedTuple):
-    """A channel becomes (clip(channel, low, high) - mean) / std."""
-
-    mean: float
-    std: float
-    low: float = -np.inf
-    high: float = np.inf
-
-
-def channel_image(expression: str, volume: Volume) -> Float[np.ndarray, "X Y Z"]:
-    """One entry of `Plan.channels`, a channel or a difference of two that the volume must have, as stored."""
-    terms = [volume.array[volume.channels.index(name.strip())] for name in expression.split(" - ")]
-    return reduce(np.subtract, terms)
-
-
-def _find_scalings(selected: ImageArray, volume: Volume, plan: Plan) -> list[_Scaling]:
-    if not plan.joint_zscore:
-        return [_find_scaling(channel, rule) for channel, rule in zip(selected, plan.normalisation, strict=True)]
-    mean, std = _mean_std(volume.array)
-    # The mean cancels in a difference of two channels.
-    return [_Scaling(0.0 if " - " in expression else mean, std) for expression in plan.channels]
-
-
-def _find_scaling(channel: Float[np.ndarray, "X Y Z"], rule: ChannelNormalisation) -> _Scaling:
-    if rule.kind == "window":
-        return _Scaling(rule.mean, rule.std, rule.low, rule.high)
-    inside = channel[channel != channel.min()]
-    num_padding = channel.size - inside.size
-    is_padded = num_padding > PADDING_FRACTION * channel.size and inside.size > 0 and inside.min() < inside.max()
-    return _Scaling(*_mean_std(inside if is_padded else channel))
-
-
-def _mean_std(values: Float[np.ndarray, "*shape"]) -> tuple[float, float]:
-    if values.min() == values.max():
-        return float(values.min()), 1.0
-    return float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
-
-
-def _scaled(channel: Float[np.ndarray, "X Y Z"], scaling: _Scaling) -> Float[np.ndarray, "X Y Z"]:
-    clipped = np.clip(channel.astype(np.float64, order="C"), scaling.low, scaling.high)
-    return ((clipped - scaling.mean) / scaling.std).astype(np.float32)
+    return largest(shares, range(plan.num_outputs), torch.uint8).numpy()[np.newaxis]
 
 
 def _find_way(volume: Volume, plan: Plan, covering: Mask | None) -> GridRecord:
+    native_shape = shape3(volume.array.shape[1:])
     if covering is not None:
-        _check_mask_shape(covering, _shape3(volume.array.shape[1:]))
-    axes, flipped = _orientation(volume.affine)
-    image = [turn_to_ras(channel, axes, flipped) for channel in volume.array]
-    foreground = None if covering is None else turn_to_ras(covering.array, axes, flipped)
-    start, stop = _crop_box(image, foreground)
+        _check_mask_shape(covering, native_shape)
+    axes, flipped = orientation(volume.affine)
+    start, stop = _to_ras(_crop_box(volume, covering), native_shape, axes, flipped)
     right, anterior, superior = (volume.spacing_mm[stored] for stored in np.argsort(axes))
     spacing_mm = right, anterior, superior
     return GridRecord(
-        native_shape=_shape3(volume.array.shape[1:]),
+        native_shape=native_shape,
         axes=axes,
         flipped=flipped,
         spacing_mm=spacing_mm,
         crop_start=start,
         crop_stop=stop,
-        grid_shape=_grid_shape([last - first for first, last in zip(start, stop, strict=True)], spacing_mm, plan),
+        grid_shape=grid_shape([last - first for first, last in zip(start, stop, strict=True)], spacing_mm, plan),
     )
 
 
-def _grid_shape(crop_shape: Sequence[int], spacing_mm: tuple[float, float, float], plan: Plan) -> Shape3:
+def grid_shape(crop_shape: Sequence[int], spacing_mm: tuple[float, float, float], plan: Plan) -> Shape3:
+    """Voxels that a box of a scan, in RAS+ axes, has at the plan's spacing.
+
+    Raises:
+        GeometryError: They are absurdly many.
+    """
     sizes = zip(crop_shape, spacing_mm, plan.spacing_mm, strict=True)
-    shape = _shape3(max(1, int(size * own / target + 0.5)) for size, own, target in sizes)
+    shape = shape3(max(1, int(size * own / target + 0.5)) for size, own, target in sizes)
     if math.prod(shape) > MAX_GRID_VOXELS:
         raise GeometryError(
             f"scan has voxels of {times(spacing_mm)} mm and would be {times(shape)} voxels at the plan's "
@@ -264,65 +262,40 @@ def _grid_shape(crop_shape: Sequence[int], spacing_mm: tuple[float, float, float
     return shape
 
 
-def _crop_box(image: Sequence[Float[np.ndarray, "Xc Yc Zc"]], foreground: MaskArray | None) -> tuple[Shape3, Shape3]:
-    whole = (0, 0, 0), _shape3(image[0].shape)
-    kept = np.zeros(image[0].shape, dtype=bool) if foreground is None else foreground != 0
-    for channel in image:
-        inside = channel != channel.min()
-        if inside[np.ix_((0, -1), (0, -1), (0, -1))].any():
-            return whole
-        kept |= inside
-    if not kept.any():
-        return whole
-    hits = [np.flatnonzero(kept.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    return _shape3(hit[0] for hit in hits), _shape3(hit[-1] + 1 for hit in hits)
+def _crop_box(volume: Volume, covering: Mask | None) -> tuple[Shape3, Shape3]:
+    """First and one past the last voxel of what is not border, along the stored axes."""
+    shape = shape3(volume.array.shape[1:])
+    hits: list[Bool[np.ndarray, " n"]] = [np.zeros(count, bool) for count in shape]
+    least = [min(float(channel[:, :, z].min()) for z in range(shape[2])) for channel in volume.array]
+    corners = np.ix_((0, -1), (0, -1), (0, -1))
+    if any((channel[corners] != low).any() for channel, low in zip(volume.array, least, strict=True)):
+        return (0, 0, 0), shape
+    for z in range(shape[2]):
+        kept = np.zeros(shape[:2], bool) if covering is None else covering.array[:, :, z] != 0
+        for channel, low in zip(volume.array, least, strict=True):
+            kept |= channel[:, :, z] != low
+        hits[0] |= kept.any(axis=1)
+        hits[1] |= kept.any(axis=0)
+        hits[2][z] = kept.any()
+    if not hits[2].any():
+        return (0, 0, 0), shape
+    ends = [np.flatnonzero(hit) for hit in hits]
+    return shape3(end[0] for end in ends), shape3(end[-1] + 1 for end in ends)
 
 
-def _orientation(affine: Affine) -> tuple[Shape3, tuple[bool, bool, bool]]:
-    """For each stored axis, the RAS+ axis that it runs along, and whether it runs against it."""
-    orientation = io_orientation(affine)  # type: ignore[no-untyped-call]
-    flips = orientation[:, 1] < 0
-    return _shape3(orientation[:, 0]), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
+def _to_ras(
+    box: tuple[Shape3, Shape3], shape: Shape3, axes: Shape3, flipped: tuple[bool, bool, bool]
+) -> tuple[Shape3, Shape3]:
+    """A box along the stored axes in RAS+ axes."""
+    sides = [
+        (count - stop, count - start) if flip else (start, stop)
+        for start, stop, count, flip in zip(*box, shape, flipped, strict=True)
+    ]
+    turned = [sides[stored] for stored in np.argsort(axes)]
+    return shape3(start for start, _ in turned), shape3(stop for _, stop in turned)
 
 
-def turn_to_ras(
-    array: Shaped[np.ndarray, "X Y Z"], axes: Shape3, flipped: tuple[bool, bool, bool]
-) -> Shaped[np.ndarray, "Xc Yc Zc"]:
-    """Turn stored axes to RAS+ (a view)."""
-    steps = [slice(None, None, -1 if flip else 1) for flip in flipped]
-    return array[tuple(steps)].transpose(np.argsort(axes))
-
-
-def _native(
-    array: Shaped[np.ndarray, "Xc Yc Zc"], axes: Shape3, flipped: tuple[bool, bool, bool]
-) -> Shaped[np.ndarray, "X Y Z"]:
-    """Undo `turn_to_ras` (a view)."""
-    steps = [slice(None, None, -1 if flip else 1) for flip in flipped]
-    return array.transpose(axes)[tuple(steps)]
-
-
-def _cropped(array: Shaped[np.ndarray, "Xc Yc Zc"], record: GridRecord) -> Shaped[np.ndarray, "Xk Yk Zk"]:
-    return array[_box(record)]
-
-
-def _uncropped(array: Shaped[np.ndarray, "Xk Yk Zk"], record: GridRecord) -> Shaped[np.ndarray, "Xc Yc Zc"]:
-    whole = np.zeros(record.canonical_shape, dtype=array.dtype)
-    whole[_box(record)] = array
-    return whole
-
-
-def _box(record: GridRecord) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in zip(record.crop_start, record.crop_stop, strict=True))
-
-
-def _resampled(volume: Float[Tensor, "X Y Z"], shape: Shape3) -> Float[Tensor, "Xr Yr Zr"]:
-    """Resample trilinearly between grids with the same outer edges; the same shape returns the volume itself."""
-    if volume.shape == shape:
-        return volume
-    return F.interpolate(volume[None, None], size=shape, mode="trilinear", align_corners=False)[0, 0]
-
-
-def _largest(scores: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "X Y Z"]:
+def largest(scores: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "*shape"]:
     """Give each voxel the value whose score is largest, the first in a tie, holding two scores at a time."""
     remaining = iter(scores)
     best = next(remaining)
@@ -331,16 +304,6 @@ def _largest(scores: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype
         winner.masked_fill_(score > best, value)
         best = torch.maximum(best, score)
     return winner
-
-
-def _painted(logits: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "X Y Z"]:
-    """Give each voxel the value of the last region whose logit is positive, 0 where there is none."""
-    pairs = zip(logits, values, strict=True)
-    logit, value = next(pairs)
-    painted = (logit > 0).to(dtype) * value
-    for logit, value in pairs:
-        painted.masked_fill_(logit > 0, value)
-    return painted
 
 
 def _check_mask_shape(mask: Mask, native_shape: Shape3) -> None:
@@ -369,24 +332,5 @@ def _check_known_values(mask: Mask, plan: Plan) -> None:
     )
 
 
-def _shape3(sizes: Iterable[Any]) -> Shape3:
-    x, y, z = (int(size) for size in sizes)
-    return x, y, z
-
-
 def _listed(values: Iterable[int]) -> str:
     return ", ".join(str(value) for value in values)
-
-
-def to_canonical(
-    array: Shaped[np.ndarray, "X Y Z"], affine: Affine
-) -> tuple[Shaped[np.ndarray, "Xc Yc Zc"], tuple[float, float, float]]:
-    """Turn stored axes to the closest RAS+ order, for showing.
-
-    Returns:
-        The array with axes along right, anterior and superior (a view), and its spacing in mm in that order. Of an
-        oblique scan the axes only lie closest to these directions.
-    """
-    axes, flipped = _orientation(affine)
-    right, anterior, superior = (float(np.linalg.norm(affine[:3, stored])) for stored in np.argsort(axes))
-    return turn_to_ras(array, axes, flipped), (right, anterior, superior)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from tokenseg.config import Settings
 from tokenseg.data.fingerprint import CaseFingerprint
-from tokenseg.data.preprocess import to_canonical
+from tokenseg.data.orientation import to_canonical
 from tokenseg.data.volume import Volume
 from tokenseg.shapes import times
 
@@ -27,7 +27,7 @@ FAR = 2.0
 _ROUNDING = 1 + 1e-6
 _HOUNSFIELD_MINIMUM = (-4100, -500)
 """Where a CT scan has its smallest value: air is at -1000, padding down to -4096; few MR scans reach -500."""
-_AIR = (-1100, -900)
+_AIR = (-1100.0, -900.0)
 _NEGATIVE_SHARE = 0.05
 """Resampling leaves a few values below 0 around sharp edges; a larger share is another kind of image."""
 
@@ -150,11 +150,11 @@ def _spacing_warning(sizes: _Sizes, facts: InputFacts) -> str:
 
 
 def _value_warning(values: Float[np.ndarray, "X Y Z"], known: ChannelRange) -> str:
-    minimum, negative = float(values.min()), float((values < 0).mean())
+    minimum, negative = float(values.min()), _share(values, -np.inf, 0.0, ends=False)
     below, above = _HOUNSFIELD_MINIMUM
     trained = f"the smallest value of a training scan of {known.name} was {_ranges([known.minimum], ' to ')}"
     if below <= minimum <= above < known.minimum[0]:
-        air = float(((values >= _AIR[0]) & (values <= _AIR[1])).mean())
+        air = _share(values, *_AIR, ends=True)
         return (
             f"values look like CT (Hounsfield units): minimum {_number(minimum)}, {air:.0%} near -1000 (air); {trained}"
         )
@@ -166,6 +166,15 @@ def _value_warning(values: Float[np.ndarray, "X Y Z"], known: ChannelRange) -> s
             f"in training at most {known.negative_share[1]:.0%}; is it CT, or normalised?"
         )
     return ""
+
+
+def _share(values: Float[np.ndarray, "X Y Z"], low: float, high: float, *, ends: bool) -> float:
+    """Share of the voxels from `low` to `high`, counted a plane at a time; `ends` counts in `high` itself."""
+    planes = (values[:, :, z] for z in range(values.shape[2]))
+    count = sum(
+        int(np.count_nonzero((plane >= low) & ((plane <= high) if ends else (plane < high)))) for plane in planes
+    )
+    return count / values.size
 
 
 def _sizes(shape_vox: Sequence[int], spacing_mm: tuple[float, float, float]) -> _Sizes:

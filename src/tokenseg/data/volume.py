@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Shaped
 from nibabel.nifti1 import Nifti1Header
 
-from tokenseg.data.formats import Header, image_ending, image_stem, read_header, read_values, write_values
+from tokenseg.data.formats import (
+    Header,
+    image_ending,
+    image_stem,
+    read_header,
+    read_intensities,
+    read_values,
+    write_values,
+)
 from tokenseg.errors import DataError, GeometryError
 from tokenseg.shapes import Affine, ImageArray, MaskArray, times
 
@@ -109,15 +117,14 @@ def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
         GeometryError: Its spacing, affine or unit is not usable.
     """
     path = Path(path)
-    stored, values = read_values(path)
+    stored, values = read_intensities(path)
     array = values[..., np.newaxis] if values.ndim == 3 else values
     if array.shape[3] != len(channels):
         raise DataError(
             f"model expects {', '.join(channels)}; {path} holds {array.shape[3]} channel(s). "
             "Give one 3D file a channel, or one 4D file with these channels along its last axis"
         )
-    with np.errstate(over="ignore", invalid="ignore"):
-        intensities = np.moveaxis(array, 3, 0).astype(np.float32)
+    intensities = np.moveaxis(array, 3, 0)
     _check_finite(intensities, str(path))
     _check_affine(stored.affine, str(path))
     return Volume(intensities, stored.affine, channels, stored.header)
@@ -140,7 +147,23 @@ def read_channels(paths: tuple[Path, ...], channels: tuple[str, ...]) -> Volume:
     first = volumes[0]
     for path, volume in zip(paths[1:], volumes[1:], strict=True):
         check_same_grid(first, volume, (str(paths[0]), str(path)))
-    return Volume(np.concatenate([volume.array for volume in volumes]), first.affine, channels, first.header)
+    return join_channels(volumes)
+
+
+def join_channels(volumes: list[Volume]) -> Volume:
+    """Put volumes on one grid together as channels; the list is empty then, so that each is free once it is copied."""
+    first = volumes[0]
+    if len(volumes) == 1:
+        return volumes.pop()
+    names = tuple(name for volume in volumes for name in volume.channels)
+    # Planes of the last axis stay together in memory, as they are in the files.
+    joined = np.empty((len(names), *reversed(first.array.shape[1:])), np.float32).transpose(0, 3, 2, 1)
+    done = 0
+    while volumes:
+        volume = volumes.pop(0)
+        joined[done : done + len(volume.array)] = volume.array
+        done += len(volume.array)
+    return Volume(joined, first.affine, names, first.header)
 
 
 def read_mask(path: Path) -> Mask:
@@ -297,9 +320,9 @@ def _check_image_array(array: ImageArray) -> None:
 
 
 def _check_finite(array: Shaped[np.ndarray, "*shape"], name: str) -> None:
-    finite = np.isfinite(array)
-    if not finite.all():
-        count = array.size - np.count_nonzero(finite)
+    planes = np.moveaxis(array, -1, 0) if array.ndim > 2 else [array]
+    count = array.size - sum(int(np.count_nonzero(np.isfinite(plane))) for plane in planes)
+    if count:
         raise DataError(
             f"{name}: {count} voxel(s) are NaN or infinite; replace them, for example by the background value"
         )
@@ -309,7 +332,7 @@ def _smallest_integers(values: Shaped[np.ndarray, "X Y Z"], name: str) -> MaskAr
     low, high = values.min(initial=0), values.max(initial=0)
     for dtype in (np.uint8, np.int16, np.int32):
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
-            return values.astype(dtype)
+            return values.astype(dtype, copy=False)
     raise DataError(f"{name}: label values from {low:g} to {high:g} do not fit 32 bits; renumber the labels")
 
 

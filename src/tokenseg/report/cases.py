@@ -15,13 +15,14 @@ from tokenseg.config import Label, Plan
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_image
 from tokenseg.data.inputs import read_input, read_written_mask
-from tokenseg.data.preprocess import channel_image, to_canonical
+from tokenseg.data.intensities import channel_image
+from tokenseg.data.orientation import to_canonical
 from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.errors import TokenSegError
 from tokenseg.evaluate import CaseLabelRow, Evaluation
 from tokenseg.metrics import CaseLabelScore
+from tokenseg.outputs import CaseResult
 from tokenseg.report.viewer import CaseView, TokenBoxes
-from tokenseg.segment import CaseResult
 from tokenseg.shapes import Affine
 
 MAX_CHANNELS_SHOWN = 2

@@ -14,6 +14,7 @@ from tokenseg.data.datasets import load_image
 from tokenseg.data.inputs import read_input
 from tokenseg.data.volume import read_mask
 from tokenseg.evaluate import Evaluation
+from tokenseg.outputs import CaseResult
 from tokenseg.report.cases import evaluation_views, largest_first, segmentation_views, select_cases, token_boxes
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html, element, join
@@ -28,7 +29,6 @@ from tokenseg.report.scores import (
 )
 from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
-from tokenseg.segment import CaseResult
 from tokenseg.tokens import TokenReport, report_tokens
 
 MAX_TOKENS_SHOWN = 3

@@ -1,0 +1,49 @@
+"""Stored axes and RAS+ axes: turning arrays from one order to the other and back, as views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Shaped
+from nibabel.orientations import io_orientation
+
+from tokenseg.shapes import Affine
+
+Shape3: TypeAlias = tuple[int, int, int]
+
+
+def orientation(affine: Affine) -> tuple[Shape3, tuple[bool, bool, bool]]:
+    """For each stored axis, the RAS+ axis that it runs along, and whether it runs against it."""
+    found = io_orientation(affine)  # type: ignore[no-untyped-call]
+    flips = found[:, 1] < 0
+    return shape3(found[:, 0]), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
+
+
+def turn_to_ras(
+    array: Shaped[np.ndarray, "X Y Z"], axes: Shape3, flipped: tuple[bool, bool, bool]
+) -> Shaped[np.ndarray, "Xc Yc Zc"]:
+    """Turn stored axes to RAS+ (a view)."""
+    steps = [slice(None, None, -1 if flip else 1) for flip in flipped]
+    return array[tuple(steps)].transpose(np.argsort(axes))
+
+
+def to_canonical(
+    array: Shaped[np.ndarray, "X Y Z"], affine: Affine
+) -> tuple[Shaped[np.ndarray, "Xc Yc Zc"], tuple[float, float, float]]:
+    """Turn stored axes to the closest RAS+ order, for showing.
+
+    Returns:
+        The array with axes along right, anterior and superior (a view), and its spacing in mm in that order. Of an
+        oblique scan the axes only lie closest to these directions.
+    """
+    axes, flipped = orientation(affine)
+    right, anterior, superior = (float(np.linalg.norm(affine[:3, stored])) for stored in np.argsort(axes))
+    return turn_to_ras(array, axes, flipped), (right, anterior, superior)
+
+
+def shape3(sizes: Iterable[Any]) -> Shape3:
+    """Three numbers of any kind as the tuple that shapes are."""
+    x, y, z = (int(size) for size in sizes)
+    return x, y, z

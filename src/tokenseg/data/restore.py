@@ -1,0 +1,157 @@
+"""From the network's answers on the plan's grid to a mask on the scan's own grid, row by row.
+
+Answers come as rows, planes across the first axis of `GridRecord.order`, of all the scan or of a part of it. Logits are
+interpolated before the largest is taken, in the plane's part that can hold foreground only, and never more than a few
+planes exist at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Integer, UInt8
+from torch import Tensor
+
+from tokenseg.config import Plan
+from tokenseg.data.orientation import turn_to_ras
+from tokenseg.data.preprocess import GridRecord, largest
+from tokenseg.data.resampling import Axis, axis_between, between, interpolated
+from tokenseg.errors import GeometryError
+from tokenseg.shapes import MaskArray
+
+
+class Slab(NamedTuple):
+    """A part of a scan: all of its rows, and of the second axis in `GridRecord.order` a stretch."""
+
+    crop: slice
+    """Voxels of the scan, as cropped."""
+    grid: slice
+    """Voxels of the plan's grid that these are interpolated from."""
+
+
+def slabs_of(record: GridRecord, count: int) -> list[Slab]:
+    """Cut a scan into even slabs; fewer where there are not as many voxels."""
+    second = record.order[1]
+    axis = axis_between(record.grid_shape[second], record.crop_shape[second])
+    ends = np.linspace(0, record.crop_shape[second], min(count, record.crop_shape[second]) + 1).round().astype(int)
+    return [
+        Slab(slice(int(first), int(stop)), slice(*axis.part(int(first), int(stop)).needed()))
+        for first, stop in itertools.pairwise(ends)
+    ]
+
+
+def empty_mask(record: GridRecord, plan: Plan) -> MaskArray:
+    """Zeros on the scan's own grid; uint8, or int32 where an output value is above 255."""
+    values = [label.output_value for label in plan.labels]
+    return np.zeros(record.native_shape, np.uint8 if max(values) <= np.iinfo(np.uint8).max else np.int32)
+
+
+def restore_rows(
+    rows: Iterator[Float[Tensor, "L b c"]], slab: Slab, record: GridRecord, plan: Plan, mask: MaskArray
+) -> None:
+    """Paint a slab of a mask from the network's answers, in the user's label values.
+
+    Exclusive labels: the largest output wins, background in a tie. Regions: positive logits, painted in the order of
+    `plan.labels`, later over earlier. What was cropped stays background.
+
+    Args:
+        rows: Every row of the plan's grid, of the slab's stretch only.
+        slab: From `slabs_of`.
+        record: Of the scan.
+        plan: The settings of the dataset.
+        mask: From `empty_mask`; changed in place.
+    """
+    first, second, third = record.order
+    target = turn_to_ras(mask, record.axes, record.flipped)[record.kept_box].transpose(record.order)[:, slab.crop]
+    along = axis_between(record.grid_shape[first], record.crop_shape[first])
+    across = (
+        axis_between(record.grid_shape[second], record.crop_shape[second])
+        .part(slab.crop.start, slab.crop.stop)
+        .shifted(slab.grid.start, slab.grid.stop),
+        axis_between(record.grid_shape[third], record.crop_shape[third]),
+    )
+    held: dict[int, Float[Tensor, "L b c"]] = {}
+    numbered = enumerate(rows)
+    for plane, low, high, share in zip(target, *(each.tolist() for each in along[:3]), strict=True):
+        while high not in held:
+            number, row = next(numbered)
+            held[number] = row
+        for number in [number for number in held if number < low]:
+            del held[number]
+        _paint(plane, between(held[low], held[high], share), across, plan)
+
+
+def restore_logits(logits: Float[Tensor, "L Xp Yp Zp"], record: GridRecord, plan: Plan) -> MaskArray:
+    """Turn outputs for all of a scan into a mask, see `restore_rows`.
+
+    Args:
+        logits: One volume an output of the network, on any device.
+        record: From `prepare_image`.
+        plan: The settings of the dataset.
+
+    Returns:
+        Mask in stored axis order; uint8, or int32 where an output value is above 255.
+
+    Raises:
+        GeometryError: The logits are not on the grid of the record.
+    """
+    if logits.shape[1:] != record.grid_shape or len(logits) != plan.num_outputs:
+        raise GeometryError(
+            f"logits have shape {tuple(logits.shape)}; the record and plan say {(plan.num_outputs, *record.grid_shape)}"
+        )
+    mask = empty_mask(record, plan)
+    (slab,) = slabs_of(record, 1)
+    turned = logits.float().cpu().permute(record.order[0] + 1, 0, record.order[1] + 1, record.order[2] + 1)
+    restore_rows(iter(turned), slab, record, plan, mask)
+    return mask
+
+
+def restore_labels(labels: UInt8[np.ndarray, "R Xp Yp Zp"], record: GridRecord, plan: Plan) -> MaskArray:
+    """Take label maps, as `prepare_labels` makes them, back to the scan's own grid and the user's label values.
+
+    Raises:
+        GeometryError: The maps are not on the grid of the record.
+    """
+    maps = torch.from_numpy(labels)
+    if plan.regions:
+        return restore_logits(maps.float() - 0.5, record, plan)
+    return restore_logits(torch.cat([maps == value for value in range(plan.num_outputs)]).float(), record, plan)
+
+
+def _paint(
+    plane: Integer[np.ndarray, "b c"], logits: Float[Tensor, "L bp cp"], across: Sequence[Axis], plan: Plan
+) -> None:
+    """Paint one plane of the scan where any foreground can be: between voxels that have some."""
+    # Interpolated values lie between those that they come from, also when rounded: no foreground is missed.
+    found = logits > 0 if plan.regions else logits[1:] > logits[:1]
+    box = _box(found.any(dim=0).numpy())
+    if box is None:
+        return
+    touched = [slice(*axis.touching(side.start, side.stop)) for axis, side in zip(across, box, strict=True)]
+    needed = [axis.part(side.start, side.stop) for axis, side in zip(across, touched, strict=True)]
+    resampled = (interpolated(logit, needed) for logit in logits)
+    values = [label.output_value for label in plan.labels]
+    dtype = torch.uint8 if plane.dtype == np.uint8 else torch.int32
+    painted = _painted(resampled, values, dtype) if plan.regions else largest(resampled, [0, *values], dtype)
+    plane[tuple(touched)] = painted.numpy()
+
+
+def _box(found: Bool[np.ndarray, "b c"]) -> tuple[slice, slice] | None:
+    if not found.any():
+        return None
+    first, second = (np.flatnonzero(found.any(axis=axis)) for axis in (1, 0))
+    return slice(int(first[0]), int(first[-1]) + 1), slice(int(second[0]), int(second[-1]) + 1)
+
+
+def _painted(logits: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "*shape"]:
+    """Give each voxel the value of the last region whose logit is positive, 0 where there is none."""
+    pairs = zip(logits, values, strict=True)
+    logit, value = next(pairs)
+    painted = (logit > 0).to(dtype) * value
+    for logit, value in pairs:
+        painted.masked_fill_(logit > 0, value)
+    return painted

@@ -1,0 +1,163 @@
+"""What `segment` writes: masks in the form of their inputs, and a cohort's summary; and what it must not overwrite."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from tokenseg.checkpoint import Model
+from tokenseg.config import Label, Plan, SegmentOptions
+from tokenseg.data.cases import Case, first_few
+from tokenseg.data.dicom_seg import (
+    NO_FINDINGS_ENDING,
+    SEG_ENDING,
+    Segment,
+    is_no_findings,
+    write_no_findings,
+    write_seg,
+)
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, mask_ending
+from tokenseg.data.volume import Volume, write_mask
+from tokenseg.errors import FileError
+from tokenseg.files import check_writable
+from tokenseg.shapes import MaskArray
+
+SUMMARY_NAME, STATUS_NAME = "summary.csv", "status.jsonl"
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What became of one case of `segment_files`."""
+
+    case_id: str
+    mask: Path | None
+    """Where the mask was written; None when the case failed."""
+    volumes_ml: dict[str, float]
+    """Volume of each label in millilitres; a region includes the regions within it that are painted over it."""
+    error: str = ""
+    """Why the case failed."""
+    windows_run: int = 0
+    """Windows that ran at full spacing, over all models; 1 a model where the case ran whole."""
+    windows_full: int = 0
+    """Windows that the full sliding window takes, over all models."""
+    warnings: tuple[str, ...] = ()
+    """In what the scan is far from all that the (first) model was trained on; it is segmented all the same."""
+    notes: tuple[str, ...] = ()
+    """What of the input was used, where that was chosen: the phases of a DCE exam in DICOM."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Time of each stage: load, resample, network, resample back, save."""
+
+
+def write_output(target: Path, mask: MaskArray, volume: Volume, model: Model, options: SegmentOptions) -> Path:
+    """Write a mask in the form that its name says; where it went."""
+    if not target.name.endswith(".dcm"):
+        write_mask(target, mask, volume)
+        return target
+    plan, name = model.facts.plan, model.facts.name
+    segments = [Segment(label, np.isin(mask, painted_values(label, plan))) for label in plan.labels]
+    found = [segment for segment in segments if segment.voxels.any()]
+    other = no_findings_file(target)
+    if found or options.empty_seg:
+        write_seg(target, found or segments, volume, model_name=name, version=version("tokenseg"))
+    else:
+        write_no_findings(other, plan.labels, model_name=name, version=version("tokenseg"))
+        target, other = other, target
+    other.unlink(missing_ok=True)  # of an earlier call
+    return target
+
+
+def no_findings_file(target: Path) -> Path:
+    """Where it is said that nothing was found, in place of a DICOM SEG."""
+    return target.with_name(target.name.removesuffix(".dcm").removesuffix("_seg") + NO_FINDINGS_ENDING)
+
+
+def painted_values(label: Label, plan: Plan) -> list[int]:
+    """Values in a written mask that belong to a label: its own, and those of the regions within it."""
+    return [other.output_value for other in plan.labels if set(other.values) <= set(label.values)]
+
+
+def mask_name(case: Case) -> str:
+    """File name of the mask of a case: the form of its input."""
+    if case.exam is not None:
+        return case.case_id + SEG_ENDING
+    # A case may have no image at all (an empty patient folder); it fails, but has a name.
+    return case.case_id + (mask_ending(image_ending(case.images[0])) if case.images else IMAGE_ENDINGS[0])
+
+
+def summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
+    """Volumes of all cases as CSV, and why those failed that did."""
+    text = io.StringIO()
+    names = [label.name for label in plan.labels]
+    writer = csv.writer(text)
+    # Columns of windows only where there is a choice of windows.
+    steered = plan.coarse_factor is not None
+    windows = ["windows_run", "windows_full"] if steered else []
+    writer.writerow(["case", *(f"{name}_ml" for name in names), *windows, "error"])
+    for result in results:
+        volumes = [f"{result.volumes_ml[name]:.4f}" if result.volumes_ml else "" for name in names]
+        counts = ["", ""] if result.mask is None else [result.windows_run, result.windows_full]
+        writer.writerow([result.case_id, *volumes, *(counts if steered else []), result.error])
+    return text.getvalue().encode()
+
+
+def check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> None:
+    """Refuse an output file that cannot be written, is of another form, or is the input itself.
+
+    Raises:
+        FileError: With the reason.
+    """
+    if output.is_dir() or not output.name.endswith(endings):
+        raise FileError(f"output {output} must be a file ending in {', '.join(endings)}, since the input is one file")
+    if output.exists() and output.samefile(image):
+        raise FileError(f"output {output} is the input image itself; name another file")
+    words = no_findings_file(output)
+    if output.name.endswith(".dcm") and words.exists() and not is_no_findings(words):
+        raise FileError(f"{words} is in the way: where nothing is found, it would be overwritten; name another output")
+    check_writable(output.parent, output)
+
+
+def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
+    """Refuse an output folder that cannot be written, or where files that are not ours would be overwritten.
+
+    Raises:
+        FileError: With the reason.
+    """
+    if output.is_file() or output.name.endswith(IMAGE_ENDINGS):
+        raise FileError(f"output {output} must be a folder, since the input is a folder")
+    # Whoever names the folder of the images, or of reference masks, would lose them.
+    targets = [(case.case_id, output / mask_name(case)) for case in cases]
+    targets += [(case_id, no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
+    images = {path.resolve() for case in cases for path in case.images}
+    ours = _cases_in_summary(output)
+    foreign = [path for case_id, path in targets if path.exists() and (path.resolve() in images or case_id not in ours)]
+    if foreign:
+        raise FileError(
+            f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "
+            "`tokenseg segment`; name another folder, so that nothing is overwritten"
+        )
+    check_writable(output, output)
+
+
+def _cases_in_summary(folder: Path) -> set[str]:
+    """Cases that an earlier call wrote here; none where summaries are absent or not ours."""
+    cases: set[str] = set()
+    for path in folder.glob("summary*.csv"):
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                cases |= {row["case"] for row in csv.DictReader(file)}
+        except (OSError, UnicodeDecodeError, csv.Error, KeyError):
+            continue
+    return cases
+
+
+def part_name(name: str, options: SegmentOptions) -> str:
+    """Name of a file that each part of a cohort writes for itself."""
+    number, count = options.part()
+    stem, ending = name.split(".")
+    return name if count == 1 else f"{stem}.{number}-of-{count}.{ending}"

@@ -1,0 +1,142 @@
+"""One volume: scan -> plan grid -> network -> mask on the scan's own grid.
+
+All of it goes row by row, so that what is held at once follows from a window and a plane, not from the scan. Cut into
+slabs, less is held and some windows run twice; the mask is the same, bit for bit.
+
+Whether a scan runs in one pass or in windows (`windows.py`) follows from the plan and the scan alone, never from free
+memory. With a model that was trained on coarse views, only those windows run that a coarse view calls for
+(`steering.py`), unless all are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenseg.checkpoint import Model
+from tokenseg.data.preprocess import Rows, open_scan
+from tokenseg.data.restore import empty_mask, restore_rows, slabs_of
+from tokenseg.data.volume import Volume
+from tokenseg.errors import ConfigError, ModelError
+from tokenseg.shapes import MaskArray
+from tokenseg.steering import choose_route, logits_rows
+from tokenseg.stopwatch import Stopwatch
+
+
+def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool = False) -> MaskArray:
+    """Segment one volume.
+
+    Args:
+        model: A model, or several of the same plan whose probabilities are averaged.
+        volume: Must bring the channels that the model expects, by name.
+        full: Run all windows of a large scan, also where the model was trained to choose among them.
+
+    Returns:
+        Mask (X, Y, Z) on the volume's own grid, in the dataset's label values, 0 elsewhere.
+
+    Raises:
+        DataError: A channel is missing.
+        ConfigError: The models do not share labels and channels.
+        ModelError: A network gives NaN or infinity.
+    """
+    return segment_in_slabs(
+        [model] if isinstance(model, Model) else list(model), volume, Stopwatch(), full=full, num_slabs=1
+    ).mask
+
+
+class Segmented(NamedTuple):
+    """A mask, and how many windows it took over all models."""
+
+    mask: MaskArray
+    windows_run: int
+    windows_full: int
+
+
+def segment_in_slabs(
+    models: Sequence[Model], volume: Volume, watch: Stopwatch, *, full: bool, num_slabs: int
+) -> Segmented:
+    """Segment one volume; see `segment_volume`.
+
+    Args:
+        models: One or several of the same plan.
+        volume: The scan.
+        watch: Told of the time of each stage.
+        full: Run all windows of a large scan.
+        num_slabs: How many slabs to go through one after the other.
+    """
+    check_ensemble(models)
+    plan = models[0].facts.plan
+    with watch.stage("resample"):
+        scan = open_scan(volume, plan)
+        rows = _timed(scan.rows, watch)
+    with watch.stage("network"):
+        routes = [choose_route(model, rows, full=full) for model in models]
+    mask = empty_mask(scan.record, plan)
+    for slab in slabs_of(scan.record, num_slabs):
+        answers = [logits_rows(model, route, slab.grid) for model, route in zip(models, routes, strict=True)]
+        with watch.stage("resample back"):
+            restore_rows(_averaged(answers, models[0], watch), slab, scan.record, plan, mask)
+    return Segmented(mask, sum(route.windows_run for route in routes), sum(route.windows_full for route in routes))
+
+
+def _timed(rows: Rows, watch: Stopwatch) -> Rows:
+    def read(first: int, stop: int) -> Float[Tensor, "C n b c"]:
+        with watch.stage("resample"):
+            return rows.read(first, stop)
+
+    return replace(rows, read=read)
+
+
+def _averaged(
+    answers: Sequence[Iterator[Float[Tensor, "L b c"]]], model: Model, watch: Stopwatch
+) -> Iterator[Float[Tensor, "L b c"]]:
+    """Rows of the mean of several models, the time counted to the network."""
+    while True:
+        with watch.stage("network"):
+            rows = [next(answer, None) for answer in answers]
+            if any(row is None for row in rows):
+                return
+            row = _average([row for row in rows if row is not None], regions=model.facts.plan.regions)
+            check_finite(row, model)
+        yield row
+
+
+def check_finite(logits: Float[Tensor, "*shape"], model: Model) -> None:
+    """Refuse NaN: it would come out as background, an empty mask that looks like a finding.
+
+    Raises:
+        ModelError: With the name of the model.
+    """
+    if not torch.isfinite(logits).all():
+        raise ModelError(f"model {model.facts.name!r} gives NaN or infinity here; train it again")
+
+
+def check_ensemble(models: Sequence[Model]) -> None:
+    """Refuse an empty ensemble, or one whose models differ in what they take or give.
+
+    Raises:
+        ConfigError: With the names of the models that disagree.
+    """
+    if not models:
+        raise ConfigError("no model given; name at least one run or model folder")
+    first = models[0].facts
+    for model in models[1:]:
+        if model.facts.plan.model_dump(exclude={"reasons"}) != first.plan.model_dump(exclude={"reasons"}):
+            raise ConfigError(
+                f"models {first.name!r} and {model.facts.name!r} were trained with different plans; "
+                "average only folds of one plan (train the folds with the same --config)"
+            )
+
+
+def _average(logits: list[Float[Tensor, "L b c"]], *, regions: bool) -> Float[Tensor, "L b c"]:
+    """Mean of the probabilities, as logits."""
+    if len(logits) == 1:
+        return logits[0]
+    if regions:
+        return torch.stack([each.sigmoid() for each in logits]).mean(dim=0).logit(eps=1e-7)
+    return torch.stack([each.softmax(dim=0) for each in logits]).mean(dim=0).clamp(min=1e-7).log()
