@@ -24,11 +24,11 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from tokenseg.benchmark.manifest import commit, manifest
 from tokenseg.benchmark.networks import make_plan
 from tokenseg.checkpoint import ModelFacts, save_model
 from tokenseg.config import PRESETS, Label
 from tokenseg.model.network import TokenSeg
+from tokenseg.provenance import commit, manifest
 
 COLUMNS = ("date", "commit", "scan", "labels", "limit", "threads", "slabs", "estimate_gb", "peak_gb", "seconds", "cpu")
 MEASURE = """

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+import tokenseg.memory
 from tokenseg.benchmark import end_to_end, frontier, manifest, memory, speed, worker
 from tokenseg.benchmark.frontier import Point, read_dice, speed_name, write_frontier
 from tokenseg.benchmark.latency import interleave, ratio, summarise
-from tokenseg.benchmark.memory import Ended, available_mib, peak_mib, run_limited
+from tokenseg.benchmark.memory import Ended, peak_mib, run_limited
 from tokenseg.benchmark.networks import NETWORKS, TOKENSEG, build_network
 from tokenseg.benchmark.passes import Setting, count, forward_pass, training_step
 from tokenseg.benchmark.rows import Row, append, read_rows
@@ -22,6 +23,7 @@ from tokenseg.benchmark.speed_table import table_text
 from tokenseg.benchmark.worker import Job, Result, do, fault_text, from_json, to_json
 from tokenseg.cli import main
 from tokenseg.errors import ConfigError, FileError
+from tokenseg.memory import available_mib
 from tokenseg.model.blocks import Convolution
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
@@ -114,14 +116,14 @@ def test_peak_is_that_of_an_array_of_known_size():
 def test_without_proc_there_is_no_figure_and_no_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_PROCESS", tmp_path)
     assert peak_mib(lambda: pytest.fail("not needed")) is None
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(tokenseg.memory, "_MEMINFO", tmp_path / "meminfo")
     assert available_mib() is None
 
 
 def test_what_a_container_may_use_counts_if_it_is_less(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 2048000 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(tokenseg.memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(tokenseg.memory, "_CGROUP", tmp_path)
     assert available_mib() == 2000
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{300 * 2**20}\n")

@@ -19,6 +19,7 @@ from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
 from tokenseg.cli import main
 from tokenseg.data.volume import read_mask
+from tokenseg.privacy import shown_name
 from tokenseg.terminal import Terminal
 from toy_models import as_stored, labels_of, save_untrained
 
@@ -129,9 +130,14 @@ def test_a_folder_with_a_broken_case_ends_with_1(dataset, model, tmp_path, capsy
     printed = capsys.readouterr()
     assert "scan1: FAILED" in printed.out.splitlines()
     assert f"2 of 3 cases segmented; {tmp_path / 'out' / 'summary.csv'}" in printed.out
-    assert f"error: scan1: {folder / 'scan1.nii.gz'} is truncated or empty" in printed.err
+    hidden = shown_name("scan1", show_names=False)
+    assert f"error: {hidden}: {hidden} is truncated or empty" in printed.err
+    assert "scan1" not in printed.err
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["scan0.nii.gz", "scan2.nii.gz", "status.jsonl", "summary.csv"]
+    masks = ["scan0.nii.gz", "scan0_qc.json", "scan2.nii.gz", "scan2_qc.json"]
+    assert written == ["manifest.json", *masks, "status.jsonl", "summary.csv"]
+    assert main(["segment", str(folder), str(tmp_path / "out"), "--model", str(model), "--show-names"]) == 1
+    assert f"error: scan1: {folder / 'scan1.nii.gz'} is truncated or empty" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -16,11 +16,12 @@ from tokenseg.data.cases import Case
 from tokenseg.data.datasets import open_dataset
 from tokenseg.evaluate import Evaluation, evaluate_folders
 from tokenseg.outputs import CaseResult
+from tokenseg.quality import CaseQuality
 from tokenseg.report.reports import (
     evaluation_report,
     segmentation_report,
-    tokens_of_largest,
     tokens_of_selected,
+    tokens_of_worst,
     train_report,
 )
 from tokenseg.report.scores import case_table, evaluation_lead, evaluation_section, summary_table
@@ -204,36 +205,44 @@ def test_evaluation_report_without_images(mixed, tmp_path):
     assert "External centre" in outline.texts
 
 
+def quality(expected_dice: float, *flags: str) -> CaseQuality:
+    nothing = {"near_boundary": None, "entropy": None, "cell_entropy": (), "labels": {}, "temperature": 1}
+    return CaseQuality(case="hidden", expected_dice=expected_dice, flags=flags, calibrated=False, **nothing)
+
+
 def test_segmentation_report_has_volumes_and_reasons_of_failures(tmp_path):
     image = write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random(SHAPE, np.float32))
     mask = write_nifti(tmp_path / "masks" / "a.nii.gz", cube(1, 1))
-    results = [CaseResult("a", mask, {"l0": 1.234}), CaseResult("b", None, {}, EVIL)]
+    results = [
+        CaseResult("a", mask, {"l0": 1.234}, quality=quality(0.912, "small")),
+        CaseResult("b", None, {}, EVIL, EVIL),
+    ]
     cases = [Case("a", "a", (image,)), Case("b", "b", (image,))]
     path = tmp_path / "report.html"
-    segmentation_report(path, results, cases, make_plan(), "2026-01-02")
+    segmentation_report(path, results, cases, make_plan(), "2026-01-02", show_names=True)
     text = path.read_text(encoding="utf-8")
-    assert table_rows(text.split('id="volumes"')[1]) == [["a", "1.23", ""], ["b", "", EVIL]]
+    assert table_rows(text.split('id="volumes"')[1]) == [["b", "", "", EVIL], ["a", "0.912", "1.23", "small"]]
     lead = texts(text)
     assert "1 of 2 cases segmented; 1 failed, the reasons are in the table." in lead
     assert lead[lead.index("l0, median") + 1 :][:2] == ["1.23 ml", "1.23 to 1.23 ml, found in 1 of 1"]
 
 
-def test_tokens_of_the_largest_findings_are_shown(tmp_path):
+def test_tokens_of_the_least_sure_are_shown(tmp_path):
     cases, results = [], []
     for number in range(5):
         path = write_nifti(tmp_path / f"c{number}.nii.gz", np.random.default_rng(number).random(SHAPE, np.float32))
         mask = write_nifti(tmp_path / "masks" / path.name, cube(1, 1))
         cases.append(Case(f"c{number}", f"c{number}", (path,)))
-        results.append(CaseResult(f"c{number}", mask, {"l0": float(number)}))
+        results.append(CaseResult(f"c{number}", mask, {"l0": 1.0}, quality=quality(1 - number / 10)))
     plan = make_plan(window_vox=(16, 16, 16), grid=(2, 2, 2))
-    tokens = tokens_of_largest(untrained(plan), results, cases)
+    tokens = tokens_of_worst(untrained(plan), results, cases)
     assert [report.case_id for report in tokens] == ["c4", "c3", "c2"]
     path = tmp_path / "report.html"
-    segmentation_report(path, results, cases, plan, "2026-01-02", tokens=tokens)
+    segmentation_report(path, results, cases, plan, "2026-01-02", tokens=tokens, show_names=True)
     rows = table_rows(path.read_text(encoding="utf-8").split('id="tokens"')[1])
     assert [row[:2] for row in rows] == [["c4", "prediction"], ["c3", "prediction"], ["c2", "prediction"]]
     config = PRESETS["tiny"].model_copy(update={"tokens": False})
-    assert tokens_of_largest(untrained(plan, config=config), results, cases) == []
+    assert tokens_of_worst(untrained(plan, config=config), results, cases) == []
 
 
 def test_segmentation_report_where_all_failed(tmp_path):

@@ -240,7 +240,9 @@ def test_a_file_becomes_a_file(toy, tmp_path):
     (result,) = segment_files([toy], scan, tmp_path / "new" / "folder" / "mask.nii")
     assert result.mask == tmp_path / "new" / "folder" / "mask.nii"
     np.testing.assert_array_equal(read_mask(result.mask).array, np.array([0, 7, 255])[sphere((20, 18, 16), 6)])
-    assert [path.name for path in result.mask.parent.iterdir()] == ["mask.nii"]
+    assert sorted(path.name for path in result.mask.parent.iterdir()) == [
+        *("mask.nii", "mask_manifest.json", "mask_qc.json")
+    ]
 
 
 def test_a_folder_becomes_a_folder_with_each_ending_kept(toy, tmp_path):
@@ -249,7 +251,8 @@ def test_a_folder_becomes_a_folder_with_each_ending_kept(toy, tmp_path):
     recorder = Recorder()
     results = segment_files([toy], tmp_path / "in", tmp_path / "out", recorder)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("last.nii", "scan0.nii.gz", "scan1.nii.gz", "status.jsonl", "summary.csv")
+        *("last.nii", "last_qc.json", "manifest.json", "scan0.nii.gz", "scan0_qc.json", "scan1.nii.gz"),
+        *("scan1_qc.json", "status.jsonl", "summary.csv"),
     ]
     assert [result.case_id for result in results] == ["last", "scan0", "scan1"]
     assert recorder.lines == ["segmenting 3", "last", "scan0", "scan1"]
@@ -320,7 +323,9 @@ def test_an_interrupted_run_lists_what_was_not_reached(toy, tmp_path):
     assert [(row["case"], row["error"]) for row in summary(tmp_path / "out")] == [
         *(("scan0", ""), ("scan1", "not segmented yet"), ("scan2", "not segmented yet"))
     ]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "status.jsonl", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("manifest.json", "scan0.nii.gz", "scan0_qc.json", "status.jsonl", "summary.csv")
+    ]
     # The same call again finishes it.
     assert all(result.mask for result in segment_files([toy], folder, tmp_path / "out"))
     assert {row["error"] for row in summary(tmp_path / "out")} == {""}
@@ -370,7 +375,8 @@ def test_dataset_layouts(toy, tmp_path):
     for layout, ending in (("msd", ".nii.gz"), ("nnunet", ".nii")):
         segment_files([toy], tmp_path / layout, tmp_path / f"{layout}_out")
         masks = sorted(path.name for path in (tmp_path / f"{layout}_out").iterdir())
-        assert masks == [f"case_00{index}{ending}" for index in range(3)] + ["status.jsonl", "summary.csv"]
+        written = [f"case_00{index}{end}" for index in range(3) for end in (ending, "_qc.json")]
+        assert masks == [*written, "manifest.json", "status.jsonl", "summary.csv"]
 
 
 @pytest.mark.parametrize("output", ["mask.dcm", "mask", "mask.nii.gz.txt", "."])
@@ -516,7 +522,9 @@ def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
     segment_files([toy], source, tmp_path / "out")
     (source / "scan1.nii.gz").write_bytes(b"broken")
     assert [result.mask is None for result in segment_files([toy], source, tmp_path / "out")] == [False, True]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["scan0.nii.gz", "status.jsonl", "summary.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("manifest.json", "scan0.nii.gz", "scan0_qc.json", "status.jsonl", "summary.csv")
+    ]
 
 
 def test_each_stage_is_timed(tmp_path, capsys):

@@ -121,7 +121,8 @@ def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
     assert {path.name for path in (straight / "model").iterdir()} == {"weights.safetensors", "model.json", "README.md"}
     held_out = json.loads((straight / "splits.json").read_text())[0]["val"]
     assert {path.name for path in (straight / "validation").iterdir()} == {
-        *(f"{case_id}.nii.gz" for case_id in held_out), "summary.csv", "status.jsonl", "scores.json", "scores.csv",
+        *(f"{case_id}{ending}" for case_id in held_out for ending in (".nii.gz", "_qc.json")),
+        "manifest.json", "summary.csv", "status.jsonl", "scores.json", "scores.csv",
     }  # fmt: skip
     facts = json.loads((straight / "run.json").read_text())
     assert {key: facts[key] for key in ("dataset", "preset", "fold", "seed", "total_steps", "threads")} == {

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from pydantic import Field
@@ -48,6 +48,17 @@ _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
 _LIMITS = "Limits: trained and checked on the cases named above; other scanners, sequences and anatomies are unknown."
 
 
+class QualityFacts(Settings):
+    """What a model's validation says of its probabilities, and its training of volumes."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """By what logits are divided to make probabilities true, see `temperature.py`."""
+    calibration_error: tuple[float, float] | None = None
+    """Expected calibration error of the validation cases without and with a temperature; None where not measured."""
+    volumes_ml: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Smallest and largest volume of each label, of the training cases that have it."""
+
+
 class ModelFacts(Settings):
     """Contents of `model.json`."""
 
@@ -63,6 +74,8 @@ class ModelFacts(Settings):
     """Facts for the card: TokenSeg version, cases, fold, steps, validation figures."""
     inputs: InputFacts | None = None
     """What the training scans were like, so that others get a warning; None in models of earlier versions."""
+    quality: QualityFacts | None = None
+    """For quality signals; None in models of earlier versions."""
     publication: Publication | None = None
     """Figures, limits and licence of a model that is published."""
     weights_sha256: str = ""

@@ -256,9 +256,10 @@ class SegmentOptions:
     shard: str = ""
     """Part of a cohort, such as 2/8: every eighth case from the second on, for as many jobs side by side."""
 
+    show_names: bool = False
+    """Call cases by name, not by a hash of it, in logs, status, manifest, quality files and report."""
     max_memory: str = ""
-    """Memory that the process may take, such as 4GB: scans are computed in as many slabs as that needs, which takes
-    longer and changes nothing in the mask. Without it, what is free."""
+    """Memory that the process may take, such as 4GB; without it, what is free. The mask is the same."""
 
     def part(self) -> tuple[int, int]:
         """Number and count of the shard; (1, 1) without one.

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenseg.checkpoint import Model
-from tokenseg.config import Label, Plan, SegmentOptions
+from tokenseg.config import Plan, SegmentOptions
 from tokenseg.data.cases import Case, first_few
 from tokenseg.data.dicom_seg import (
     NO_FINDINGS_ENDING,
@@ -22,13 +22,16 @@ from tokenseg.data.dicom_seg import (
     write_no_findings,
     write_seg,
 )
-from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, mask_ending
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, mask_ending
+from tokenseg.data.restore import painted_values
 from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import FileError
 from tokenseg.files import check_writable
+from tokenseg.quality import CaseQuality
 from tokenseg.shapes import MaskArray
 
-SUMMARY_NAME, STATUS_NAME = "summary.csv", "status.jsonl"
+SUMMARY_NAME, STATUS_NAME, MANIFEST_NAME = "summary.csv", "status.jsonl", "manifest.json"
+_QUALITY_ENDING, _MANIFEST_ENDING = "_qc.json", "_manifest.json"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class CaseResult:
     """Volume of each label in millilitres; a region includes the regions within it that are painted over it."""
     error: str = ""
     """Why the case failed."""
+    shown_error: str = ""
+    """The same without names and paths, unless names were asked for."""
     windows_run: int = 0
     """Windows that ran at full spacing, over all models; 1 a model where the case ran whole."""
     windows_full: int = 0
@@ -51,7 +56,9 @@ class CaseResult:
     notes: tuple[str, ...] = ()
     """What of the input was used, where that was chosen: the phases of a DCE exam in DICOM."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time of each stage: load, resample, network, resample back, save."""
+    """Time of each stage: load, resample, network, quality, resample back, save."""
+    quality: CaseQuality | None = None
+    """How sure the network is and what is unusual; None when the case failed."""
 
 
 def write_output(target: Path, mask: MaskArray, volume: Volume, model: Model, options: SegmentOptions) -> Path:
@@ -77,9 +84,20 @@ def no_findings_file(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(".dcm").removesuffix("_seg") + NO_FINDINGS_ENDING)
 
 
-def painted_values(label: Label, plan: Plan) -> list[int]:
-    """Values in a written mask that belong to a label: its own, and those of the regions within it."""
-    return [other.output_value for other in plan.labels if set(other.values) <= set(label.values)]
+def quality_file(mask: Path) -> Path:
+    """Where the quality signals of a mask are."""
+    return mask.with_name(_stem(mask) + _QUALITY_ENDING)
+
+
+def manifest_file(mask: Path) -> Path:
+    """Where the manifest of a single mask is."""
+    return mask.with_name(_stem(mask) + _MANIFEST_ENDING)
+
+
+def _stem(mask: Path) -> str:
+    if mask.name.endswith(IMAGE_ENDINGS):
+        return image_stem(mask)
+    return mask.name.removesuffix(NO_FINDINGS_ENDING).removesuffix(".dcm").removesuffix("_seg")
 
 
 def mask_name(case: Case) -> str:
@@ -132,6 +150,7 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
         raise FileError(f"output {output} must be a folder, since the input is a folder")
     # Whoever names the folder of the images, or of reference masks, would lose them.
     targets = [(case.case_id, output / mask_name(case)) for case in cases]
+    targets += [(case_id, quality_file(path)) for case_id, path in targets]
     targets += [(case_id, no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
     images = {path.resolve() for case in cases for path in case.images}
     ours = _cases_in_summary(output)

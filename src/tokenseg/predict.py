@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenseg.checkpoint import Model
-from tokenseg.data.preprocess import Rows, open_scan
+from tokenseg.data.preprocess import GridRecord, Rows, open_scan
 from tokenseg.data.restore import empty_mask, restore_rows, slabs_of
 from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError, ModelError
+from tokenseg.quality import QualityMeter
 from tokenseg.shapes import MaskArray
 from tokenseg.steering import choose_route, logits_rows
 from tokenseg.stopwatch import Stopwatch
@@ -55,6 +56,9 @@ class Segmented(NamedTuple):
     mask: MaskArray
     windows_run: int
     windows_full: int
+    record: GridRecord
+    meter: QualityMeter
+    """What the network's answers say of their quality."""
 
 
 def segment_in_slabs(
@@ -77,11 +81,31 @@ def segment_in_slabs(
     with watch.stage("network"):
         routes = [choose_route(model, rows, full=full) for model in models]
     mask = empty_mask(scan.record, plan)
+    known = models[0].facts.quality
+    meter = QualityMeter(plan, scan.record, 1.0 if known is None else known.temperature)
+    counted = 0
     for slab in slabs_of(scan.record, num_slabs):
         answers = [logits_rows(model, route, slab.grid) for model, route in zip(models, routes, strict=True)]
+        passing = _metered(_averaged(answers, models[0], watch), meter, slab.grid, counted, watch)
+        counted = slab.grid.stop
         with watch.stage("resample back"):
-            restore_rows(_averaged(answers, models[0], watch), slab, scan.record, plan, mask)
-    return Segmented(mask, sum(route.windows_run for route in routes), sum(route.windows_full for route in routes))
+            restore_rows(passing, slab, scan.record, plan, mask)
+            for _ in passing:  # that no voxel of the mask needs; the meter does
+                pass
+    windows = sum(route.windows_run for route in routes), sum(route.windows_full for route in routes)
+    return Segmented(mask, *windows, scan.record, meter)
+
+
+def _metered(
+    rows: Iterator[Float[Tensor, "L b c"]], meter: QualityMeter, stretch: slice, counted: int, watch: Stopwatch
+) -> Iterator[Float[Tensor, "L b c"]]:
+    """Show rows to the meter as they pass, each voxel once: those before `counted` were in the slab before."""
+    first = max(stretch.start, counted)
+    for number, row in enumerate(rows):
+        with watch.stage("quality"):
+            if first < stretch.stop:
+                meter.add(number, row[:, first - stretch.start :], first)
+        yield row
 
 
 def _timed(rows: Rows, watch: Stopwatch) -> Rows:

@@ -27,12 +27,21 @@ class CaseStatus(Settings):
     """One line."""
 
     case: str
+    """A hash of its name, or the name where names were asked for."""
     state: Literal["done", "failed"]
     key: str
     """Fingerprint of input, weights and settings; empty where the input could not be read."""
-    mask: str = ""
-    """Name of the file in the same folder."""
+    input_sha256: str = ""
+    """Over the content of its files."""
     mask_sha256: str = ""
+    shape_vox: tuple[int, ...] = ()
+    """Of the scan as stored."""
+    affine: tuple[tuple[float, ...], ...] = ()
+    """From voxel indices to mm in RAS+ world coordinates."""
+    plan_shape_vox: tuple[int, ...] = ()
+    """On the plan's grid, along RAS+."""
+    slabs: int = 0
+    """In how many slabs it was computed, which does not show in the mask."""
     volumes_ml: dict[str, float] = Field(default_factory=dict)
     windows_run: int = 0
     windows_full: int = 0
@@ -74,22 +83,30 @@ def append_status(path: Path, status: CaseStatus) -> None:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def is_current(status: CaseStatus | None, key: str, folder: Path) -> bool:
-    """Whether a case need not be done again."""
+def current_mask(status: CaseStatus | None, key: str, places: Iterable[Path]) -> Path | None:
+    """The mask of a case that need not be done again, in one of the places where it may be; else None."""
     if status is None or status.state != "done" or not key or status.key != key:
-        return False
-    mask = folder / status.mask
-    return mask.is_file() and file_digest([DicomFile(mask)]) == status.mask_sha256
+        return None
+    for mask in places:
+        if mask.is_file() and file_digest([DicomFile(mask)]) == status.mask_sha256:
+            return mask
+    return None
 
 
-def case_key(case: Case, settings: Iterable[str]) -> str:
-    """Fingerprint of a case's files and of all else that its mask depends on; empty where a file cannot be read."""
+def case_digest(case: Case) -> str:
+    """SHA-256 over the content of a case's files; empty where one cannot be read."""
     files = [DicomFile(path) for path in case.images]
     if case.exam is not None:
         files = list(dict.fromkeys(frame.file for series in case.exam.series for frame in series.frames))
     try:
-        content = file_digest(files)
+        return file_digest(files)
     except FileError:
+        return ""
+
+
+def case_key(case: Case, content: str, settings: Iterable[str]) -> str:
+    """Fingerprint of a case's content and of all else that its mask depends on; empty where there is no content."""
+    if not content:
         return ""
     return hashlib.sha256("\n".join([content, *case.channels, *settings]).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ RUN/
   tensorboard/       the same as curves, where the extra `tensorboard` is installed
   state.safetensors  what a resumed run starts from
   model/             all that `tokenseg segment` needs
-  validation/        masks of the fold's validation cases, summary.csv, status.jsonl, scores.json, scores.csv
+  validation/        masks of the fold's validation cases, their quality, how they were made, and their scores
   report.html        all of it to look at, in a browser
 """
 
@@ -34,15 +34,16 @@ from tokenseg.checkpoint import MakeNetwork, Model, ModelFacts, save_model
 from tokenseg.config import (
     PRESETS,
     RunConfig,
+    SegmentOptions,
     TrainOptions,
     build_run_config,
     read_overrides,
     read_run_config,
     write_run_config,
 )
-from tokenseg.data.cases import Dataset, Split, first_few
+from tokenseg.data.cases import Case, Dataset, Split, first_few
 from tokenseg.data.datasets import open_dataset
-from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
+from tokenseg.data.fingerprint import Fingerprint, label_volumes_ml, take_fingerprint
 from tokenseg.data.planner import make_plan
 from tokenseg.data.splits import split_folds
 from tokenseg.data.suitability import InputFacts, summarise_inputs
@@ -54,6 +55,7 @@ from tokenseg.model.network import TokenSeg
 from tokenseg.progress import Progress, Silent
 from tokenseg.report.reports import tokens_of_selected, train_report
 from tokenseg.segment import segment_cases
+from tokenseg.temperature import calibrate
 from tokenseg.training.augment import build_augmentation, leave_unchanged
 from tokenseg.training.batches import TrainingBatches
 from tokenseg.training.cache import prepare_cases
@@ -152,8 +154,12 @@ def train(
     evaluation = None
     with fabric.rank_zero_first():
         if fabric.is_global_zero:
-            evaluation = _validate(Model(network.eval(), _facts(setup), fabric.device), setup, run_path, progress)
-            facts = _facts(setup, total_steps, evaluation)
+            model = Model(network.eval(), _facts(setup), fabric.device)
+            quality = calibrate(model, _validation_cases(setup), setup.dataset, progress)
+            quality = quality.model_copy(update={"volumes_ml": _volumes_ml(setup, run_path)})
+            model = replace(model, facts=model.facts.model_copy(update={"quality": quality}))
+            evaluation = _validate(model, setup, run_path, progress)
+            facts = _facts(setup, total_steps, evaluation).model_copy(update={"quality": quality})
             save_model(run_path / "model", network, facts)
             _report(Model(network.eval(), facts, fabric.device), setup, run_path, evaluation, progress)
     return TrainResult(run_path, total_steps, cast("Evaluation", fabric.broadcast(evaluation)))
@@ -344,13 +350,25 @@ def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | Non
 
 def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -> Evaluation:
     """Segment the validation cases from their files and score them on their own grids."""
-    held_out = set(setup.split.val)
     folder = run_path / "validation"
-    segment_cases([model], [case for case in setup.dataset.cases if case.case_id in held_out], folder, progress)
+    options = SegmentOptions(show_names=True)  # of a dataset, as in everything else that a training writes
+    segment_cases([model], _validation_cases(setup), folder, progress, options=options)
     evaluation = evaluate_folders(folder, setup.dataset.root, labels=setup.config.plan.labels)
     write_json(folder / "scores.json", evaluation)
     write_csv(folder / "scores.csv", evaluation)
     return evaluation
+
+
+def _volumes_ml(setup: _Setup, run_path: Path) -> dict[str, tuple[float, float]]:
+    fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
+    return label_volumes_ml(
+        [case for case in fingerprint.cases if case.case_id in setup.split.train], setup.config.plan.labels
+    )
+
+
+def _validation_cases(setup: _Setup) -> list[Case]:
+    held_out = set(setup.split.val)
+    return [case for case in setup.dataset.cases if case.case_id in held_out]
 
 
 def _report(model: Model, setup: _Setup, run_path: Path, evaluation: Evaluation, progress: Progress) -> None:

@@ -24,7 +24,6 @@ from tokenseg.benchmark.accuracy_table import accuracy_table
 from tokenseg.benchmark.bootstrap import CaseScore, case_means, mean_interval
 from tokenseg.benchmark.budget import REFERENCE, AccuracyOptions
 from tokenseg.benchmark.calibration import FAULTS, Calibration, calibrate, network_fault
-from tokenseg.benchmark.manifest import commit
 from tokenseg.benchmark.pipeline import (
     Pipeline,
     Trained,
@@ -52,6 +51,7 @@ from tokenseg.errors import FileError, TrainingError
 from tokenseg.evaluate import Evaluation
 from tokenseg.files import write_atomically
 from tokenseg.progress import Progress, Silent
+from tokenseg.provenance import commit
 from tokenseg.training.loop import STATE_NAME
 
 LEARNING_RATES = (2e-3, 5e-4)

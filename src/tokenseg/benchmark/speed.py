@@ -18,7 +18,6 @@ import torch
 
 from tokenseg.benchmark.end_to_end import SCAN_VOX, STAGES
 from tokenseg.benchmark.latency import ratio, summarise
-from tokenseg.benchmark.manifest import manifest
 from tokenseg.benchmark.memory import run_limited
 from tokenseg.benchmark.networks import check_names
 from tokenseg.benchmark.passes import Setting
@@ -29,6 +28,7 @@ from tokenseg.benchmark.worker import Job, Result, to_json
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.memory import available_mib
 from tokenseg.progress import Progress, Silent
+from tokenseg.provenance import manifest
 from tokenseg.shapes import times
 
 _SHARE_OF_MEMORY = 0.9

@@ -65,7 +65,9 @@ class Segment:
         if chosen.problem:
             say(f"note: {chosen.problem}; torch computes")
         with Terminal() as terminal:
-            results = segment_files(chosen.models, self.input, self.output, terminal, options=self.options)
+            results = segment_files(
+                chosen.models, self.input, self.output, terminal, options=self.options, command=self._command()
+            )
         failed = [result for result in results if result.mask is None]
         if failed and not self.output.is_dir():  # one case, one file
             raise TokenSegError(failed[0].error)
@@ -74,27 +76,45 @@ class Segment:
         self._write_report(models[0], results)
         return 1 if failed else 0
 
+    def _command(self) -> str:
+        """As it was given, but for paths, which may name patients; the rest is among the manifest's options."""
+        words = f"tokenseg segment INPUT OUTPUT --model MODEL --device {self.device} --engine {self.engine}"
+        return words + (f" --threads {self.threads}" if self.threads else "") + " --folds FOLD" * len(self.folds)
+
     def _print(self, results: list[CaseResult], failed: list[CaseResult]) -> None:
         for result in results:
-            _print_case(result)
+            _print_case(result, self._shown(result))
         for result in failed:
-            say(f"error: {result.case_id}: {result.error}")
+            say(f"error: {self._shown(result)}: {result.shown_error}")
         if self.output.is_dir():
             print(f"{len(results) - len(failed)} of {len(results)} cases segmented; {self.output / 'summary.csv'}")
         if self.profile and len(failed) < len(results):
             _print_profile(results)
         print(NOTICE)
 
+    def _shown(self, result: CaseResult) -> str:
+        from tokenseg.privacy import shown_name
+
+        return shown_name(result.case_id, show_names=self.options.show_names)
+
     def _write_report(self, model: Model, results: list[CaseResult]) -> None:
         if self.report is None:
             return
         from tokenseg.data.inputs import list_inputs
-        from tokenseg.report.reports import segmentation_report, tokens_of_largest
+        from tokenseg.report.reports import segmentation_report, tokens_of_worst
 
         plan = model.facts.plan
         cases = list_inputs(self.input, plan, self.options.series)
-        tokens = tokens_of_largest(model, results, cases)
-        segmentation_report(self.report, results, cases, plan, date.today().isoformat(), tokens=tokens)
+        tokens = tokens_of_worst(model, results, cases)
+        segmentation_report(
+            self.report,
+            results,
+            cases,
+            plan,
+            date.today().isoformat(),
+            tokens=tokens,
+            show_names=self.options.show_names,
+        )
         say(f"report: {self.report}")
 
 
@@ -109,10 +129,10 @@ def _print_profile(results: list[CaseResult]) -> None:
         print(f"{stage:<16}{total / count:>9.2f}{total / everything:>8.0%}")
 
 
-def _print_case(result: CaseResult) -> None:
+def _print_case(result: CaseResult, shown: str) -> None:
     volumes = ", ".join(f"{name} {volume:.2f} ml" for name, volume in result.volumes_ml.items())
     print(f"{result.case_id}: {volumes}" if result.mask else f"{result.case_id}: FAILED")
     for note in result.notes:
-        say(f"{result.case_id}: {note}")
+        say(f"{shown}: {note}")
     for warning in result.warnings:
-        say(f"warning: {result.case_id}: {warning}")
+        say(f"warning: {shown}: {warning}")

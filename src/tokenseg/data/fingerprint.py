@@ -6,14 +6,15 @@ and labels on different grids, NaN voxels) stops here, with the case named.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from nibabel.orientations import io_orientation
 
-from tokenseg.config import Fraction, Settings, Spacing3, Vox3
+from tokenseg.config import Fraction, Label, Settings, Spacing3, Vox3
 from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.datasets import LabelledCase, load_case
 from tokenseg.errors import DataError, TokenSegError
@@ -63,6 +64,20 @@ class Fingerprint(Settings):
     cases: tuple[CaseFingerprint, ...]
     intensities: tuple[Intensities, ...]
     """One a source channel, over up to 10 000 evenly spaced foreground voxels of each case."""
+
+
+def label_volumes_ml(cases: Iterable[CaseFingerprint], labels: Iterable[Label]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest volume of each label, of the cases that have it; labels that no case has are left out."""
+    listed, volumes = list(cases), dict[str, tuple[float, float]]()
+    for label in labels:
+        found = [
+            sum(case.label_voxels.get(value, 0) for value in label.values) * math.prod(case.spacing_mm) / 1000
+            for case in listed
+        ]
+        present = [volume for volume in found if volume > 0]
+        if present:
+            volumes[label.name] = min(present), max(present)
+    return volumes
 
 
 def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | None = None) -> Fingerprint:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
-from tokenseg.config import Plan
+from tokenseg.config import Label, Plan
 from tokenseg.data.orientation import turn_to_ras
 from tokenseg.data.preprocess import GridRecord, largest
 from tokenseg.data.resampling import Axis, axis_between, between, interpolated
@@ -48,6 +48,11 @@ def empty_mask(record: GridRecord, plan: Plan) -> MaskArray:
     """Zeros on the scan's own grid; uint8, or int32 where an output value is above 255."""
     values = [label.output_value for label in plan.labels]
     return np.zeros(record.native_shape, np.uint8 if max(values) <= np.iinfo(np.uint8).max else np.int32)
+
+
+def painted_values(label: Label, plan: Plan) -> list[int]:
+    """Values in a written mask that belong to a label: its own, and those of the regions within it."""
+    return [other.output_value for other in plan.labels if set(other.values) <= set(label.values)]
 
 
 def restore_rows(

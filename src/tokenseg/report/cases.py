@@ -89,7 +89,7 @@ def evaluation_views(
 def segmentation_views(
     results: Sequence[CaseResult], cases: Sequence[Case], plan: Plan, tokens: Mapping[str, TokenBoxes] | None = None
 ) -> list[CaseView]:
-    """Read up to twelve segmented cases, those with the largest volume of any label first.
+    """Read up to twelve segmented cases, the least sure first.
 
     Args:
         results: What became of the cases; failed ones are left out.
@@ -103,14 +103,20 @@ def segmentation_views(
     by_id = {case.case_id: case for case in cases}
     return [
         _segmented_view(result, by_id[result.case_id], plan, (tokens or {}).get(result.case_id))
-        for result in largest_first(results)[:MAX_SEGMENTED_SHOWN]
+        for result in [each for each in worst_results_first(results) if each.mask is not None][:MAX_SEGMENTED_SHOWN]
     ]
 
 
-def largest_first(results: Sequence[CaseResult]) -> list[CaseResult]:
-    """Cases with a mask, by the largest volume of any label, then by case id."""
-    done = [result for result in results if result.mask is not None]
-    return sorted(done, key=lambda result: (-max(result.volumes_ml.values(), default=0.0), result.case_id))
+def worst_results_first(results: Sequence[CaseResult]) -> list[CaseResult]:
+    """Failed cases, then those that are unusual in something, then the rest; the least sure first among each."""
+
+    def rank(result: CaseResult) -> tuple[int, float, str]:
+        if result.quality is None:
+            return 0, 0.0, result.case_id
+        expected = result.quality.expected_dice
+        return 1 if result.quality.flags else 2, 1.0 if expected is None else expected, result.case_id
+
+    return sorted(results, key=rank)
 
 
 def token_boxes(tokens: CaseTokens) -> TokenBoxes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +16,14 @@ from tokenseg.data.inputs import read_input
 from tokenseg.data.volume import read_mask
 from tokenseg.evaluate import Evaluation
 from tokenseg.outputs import CaseResult
-from tokenseg.report.cases import evaluation_views, largest_first, segmentation_views, select_cases, token_boxes
+from tokenseg.privacy import shown_name
+from tokenseg.report.cases import (
+    evaluation_views,
+    segmentation_views,
+    select_cases,
+    token_boxes,
+    worst_results_first,
+)
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html, element, join
 from tokenseg.report.page import Section, write_page
@@ -98,8 +106,9 @@ def segmentation_report(
     made: str,
     *,
     tokens: Sequence[TokenReport] = (),
+    show_names: bool = False,
 ) -> None:
-    """Write the report of a segmentation: volumes, failed cases and why, and the largest findings in pictures.
+    """Write the report of a segmentation: volumes and quality, failed cases and why, the least sure in pictures.
 
     Args:
         path: The HTML file.
@@ -108,16 +117,19 @@ def segmentation_report(
         plan: The settings of the model.
         made: Date for the footer.
         tokens: Of some of the cases; empty leaves them out.
+        show_names: Call cases by their names, not by a hash.
 
     Raises:
         TokenSegError: A mask cannot be read, or the file cannot be written.
     """
+    shown = {result.case_id: shown_name(result.case_id, show_names=show_names) for result in results}
     boxes = {each.case_id: token_boxes(each.tokens) for each in tokens}
-    views = segmentation_views(results, cases, plan, boxes)
+    views = [replace(view, case_id=shown[view.case_id]) for view in segmentation_views(results, cases, plan, boxes)]
     names = [label.name for label in plan.labels]
-    sections = [viewer_section(views), Section("volumes", "Volumes", _volume_table(results, names))]
+    table = _volume_table(worst_results_first(results), names, shown)
+    sections = [viewer_section(views), Section("volumes", "Volumes", table)]
     if tokens:
-        sections.append(tokens_section(tokens))
+        sections.append(tokens_section([replace(each, case_id=shown[each.case_id]) for each in tokens]))
     write_page(path, "Segmentation", _segmentation_lead(results, names), sections, made)
 
 
@@ -143,7 +155,7 @@ def tokens_of_selected(model: Model, evaluation: Evaluation, dataset: Dataset) -
     ]
 
 
-def tokens_of_largest(model: Model, results: Sequence[CaseResult], cases: Sequence[Case]) -> list[TokenReport]:
+def tokens_of_worst(model: Model, results: Sequence[CaseResult], cases: Sequence[Case]) -> list[TokenReport]:
     """Run a model once more on the three segmented cases with the largest findings, for their tokens.
 
     Args:
@@ -157,7 +169,8 @@ def tokens_of_largest(model: Model, results: Sequence[CaseResult], cases: Sequen
     if not model.facts.network.tokens:
         return []
     by_id = {case.case_id: case for case in cases}
-    shown = [by_id[result.case_id] for result in largest_first(results)[:MAX_TOKENS_SHOWN]]
+    segmented = [result for result in worst_results_first(results) if result.mask is not None]
+    shown = [by_id[result.case_id] for result in segmented[:MAX_TOKENS_SHOWN]]
     return [report_tokens(model, read_input(case, model.facts.plan), case.case_id) for case in shown]
 
 
@@ -200,17 +213,28 @@ def _segmentation_lead(results: Sequence[CaseResult], names: Sequence[str]) -> H
     return join((element("p", sentence + ending, class_="result"), element("div", *tiles, class_="tiles")))
 
 
-def _volume_table(results: Sequence[CaseResult], names: Sequence[str]) -> Html:
-    columns = [("Case", False), *((f"{name} (ml)", True) for name in names), ("Error", False)]
+def _volume_table(results: Sequence[CaseResult], names: Sequence[str], shown: Mapping[str, str]) -> Html:
+    columns = [("Case", False), ("Expected Dice", True), *((f"{name} (ml)", True) for name in names)]
+    columns.append(("Unusual, or why it failed", False))
     rows = [
         element(
             "tr",
-            element("th", result.case_id, scope="row"),
+            element("th", shown[result.case_id], scope="row"),
+            number_cell(_expected_dice(result), 3),
             *(number_cell(result.volumes_ml.get(name, math.nan), 2) for name in names),
-            element("td", result.error, class_="prose"),
+            element("td", _remarks(result), class_="prose"),
             class_="bad" if result.mask is None else None,
         )
         for result in results
     ]
     table = element("table", sortable_head(columns), element("tbody", *rows), class_="sortable")
     return scrollable(table, "Volumes of each case", tall=True)
+
+
+def _expected_dice(result: CaseResult) -> float:
+    value = None if result.quality is None else result.quality.expected_dice
+    return math.nan if value is None else value
+
+
+def _remarks(result: CaseResult) -> str:
+    return result.shown_error if result.quality is None else "; ".join(result.quality.flags)
