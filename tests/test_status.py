@@ -27,13 +27,13 @@ from toy_models import save_untrained, untrained
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Cases that were computed."""
     names: list[str] = []
-    compute = tokenseg.segment._segment_case
+    compute = tokenseg.segment.compute_mask
 
-    def count(models, case, *rest):
-        names.append(case.case_id)
-        return compute(models, case, *rest)
+    def count(work, *rest):
+        names.append(work.case.case_id)
+        compute(work, *rest)
 
-    monkeypatch.setattr(tokenseg.segment, "_segment_case", count)
+    monkeypatch.setattr(tokenseg.segment, "compute_mask", count)
     return names
 
 

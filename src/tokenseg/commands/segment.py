@@ -26,7 +26,7 @@ class Segment:
     """Segment a file, a folder of cases, or all images of a dataset folder."""
 
     input: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="INPUT")]
-    """Image file, folder of images, dataset folder, or DICOM: a study's folder, a zip archive, an enhanced file."""
+    """Image file, folder of images, dataset folder, table of cases (.csv), or DICOM: a folder, zip or enhanced file."""
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
     """Mask file if INPUT is a file, else a folder."""
     model: Path

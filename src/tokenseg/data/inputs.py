@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenseg.config import Plan
+from tokenseg.data.case_table import read_case_table
 from tokenseg.data.cases import Case, check_case_ids
 from tokenseg.data.channel_names import phase_name
 from tokenseg.data.datasets import list_dataset_images, read_images
@@ -30,7 +31,7 @@ def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
     A file is one case. A folder is a dataset in a known layout (all its images, training and test), or flat: files
     named `CASE_0000.nii.gz`, `CASE_0001.nii.gz`... are the channels of a case where the number is one of the model's;
     every other file is a case of its own (4D where the model has several channels). A folder without images, a zip
-    archive, and a DICOM file hold DICOM studies, each a case.
+    archive, and a DICOM file hold DICOM studies, each a case. A `.csv` file is a table of cases (`case_table.py`).
 
     Args:
         path: The input.
@@ -47,6 +48,8 @@ def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
     """
     if not path.exists():
         raise FileError(f"input {path} does not exist; check the path")
+    if path.is_file() and path.suffix == ".csv":
+        return read_case_table(path, plan, series)
     cases = _image_cases(path, plan)
     if cases and series:
         raise ConfigError(f"--series {series}: {path} is not DICOM; leave it out")

@@ -1,0 +1,233 @@
+"""The work on one case, in three steps: read it, compute its mask, write what came of it.
+
+Steps of different cases may overlap in a cohort: while one is computed, the next is read and the last one written. A
+step that fails says why, and the steps after it do nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenseg.checkpoint import Model
+from tokenseg.config import Plan, SegmentOptions
+from tokenseg.data.cases import Case
+from tokenseg.data.dicom_files import DicomFile
+from tokenseg.data.inputs import describe_input, input_size, read_input
+from tokenseg.data.restore import painted_values
+from tokenseg.data.suitability import check_input
+from tokenseg.data.volume import Volume
+from tokenseg.errors import TokenSegError
+from tokenseg.files import write_atomically
+from tokenseg.memory import MemoryPlan, parse_memory, plan_memory
+from tokenseg.outputs import CaseResult, no_findings_file, quality_file, write_output
+from tokenseg.predict import Segmented, segment_in_slabs
+from tokenseg.privacy import shown_name, without_names
+from tokenseg.progress import Progress
+from tokenseg.quality import CaseQuality
+from tokenseg.shapes import MaskArray
+from tokenseg.status import CaseStatus, case_digest, case_key, file_digest, peak_mib
+from tokenseg.stopwatch import Stopwatch
+
+_NO_MEMORY = "{} needs more memory than there is; check the spacing in its header, or use a computer with more memory"
+
+
+@dataclass(eq=False)
+class Work:
+    """A case on its way, and what is known of it so far."""
+
+    case: Case
+    target: Path
+    """Where its mask goes."""
+    options: SegmentOptions
+    alone: bool = False
+    """Whether it is no part of a cohort: then what an earlier call wrote stays where this one fails."""
+    error: str = ""
+    digest: str = ""
+    key: str = ""
+    notes: tuple[str, ...] = ()
+    memory: MemoryPlan | None = None
+    volume: Volume | None = None
+    segmented: Segmented | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def shown(self) -> str:
+        """What the case is called in outputs."""
+        return shown_name(self.case.case_id, show_names=self.options.show_names)
+
+
+def _guarded(step: Callable[..., None]) -> Callable[..., None]:
+    """Do nothing after a failed step; keep the reason of an expected failure, let a bug pass."""
+
+    @functools.wraps(step)
+    def guarded(work: Work, *arguments: object) -> None:
+        if work.error:
+            return
+        try:
+            step(work, *arguments)
+        except TokenSegError as error:
+            work.error = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory_error(error):
+                raise
+            work.error = _NO_MEMORY.format(work.case.case_id)
+
+    return guarded
+
+
+@_guarded
+def read_case(work: Work, models: Sequence[Model], settings: Sequence[str], progress: Progress) -> None:
+    """Read the scan, after saying how much memory it will take where a limit was given."""
+    plan = models[0].facts.plan
+    with work.watch.stage("load"):
+        work.digest = case_digest(work.case)
+        # Weights that were never saved have no fingerprint: with them everything is done anew.
+        saved = all(model.facts.weights_sha256 for model in models)
+        work.key = case_key(work.case, work.digest, settings) if saved else ""
+        work.notes = describe_input(work.case, plan)
+        work.memory = memory_of(work.case, models, work.options)
+        if work.options.max_memory:
+            progress.message(f"{work.shown}: {work.memory}; limit {work.options.max_memory}")
+        work.volume = read_input(work.case, plan)
+
+
+@_guarded
+def compute_mask(work: Work, models: Sequence[Model], progress: Progress) -> None:
+    """Segment the scan; where a GPU runs out of memory once more with what it had cached, and then on the CPU."""
+    try:
+        _segment(work, models)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        _note(work, "the GPU ran out of memory: once more, with its cache emptied", progress)
+        try:
+            _segment(work, models)
+        except torch.OutOfMemoryError:
+            _note(work, "the GPU ran out of memory again: on the CPU", progress)
+            _segment(work, [_on_cpu(model) for model in models])
+
+
+def write_case(work: Work, models: Sequence[Model]) -> tuple[CaseResult, CaseStatus]:
+    """Write the mask and its quality signals, and say what became of the case."""
+    written: list[CaseResult] = []
+    _write(work, models, written)
+    if written:
+        result = written[0]
+    else:
+        shown_error = without_names(work.error, work.case, show_names=work.options.show_names)
+        result = CaseResult(work.case.case_id, None, {}, work.error, shown_error)
+        _remove_earlier(work)
+    status = _status(work, result)
+    work.volume = work.segmented = None  # free before the next is held
+    return result, status
+
+
+def memory_of(case: Case, models: Sequence[Model], options: SegmentOptions) -> MemoryPlan:
+    """Memory and slabs of a case, from its headers.
+
+    Raises:
+        TokenSegError: It cannot be read, or the limit cannot be kept.
+    """
+    plan, limit_mib = models[0].facts.plan, parse_memory(options.max_memory)
+    networks = [model.facts.network for model in models]
+    compiled = any(model.compiled is not None for model in models)
+    return plan_memory(input_size(case, plan), plan, networks, limit_mib=limit_mib, compiled=compiled)
+
+
+def _segment(work: Work, models: Sequence[Model]) -> None:
+    if work.volume is None or work.memory is None:
+        raise ValueError("read the case first")
+    work.segmented = segment_in_slabs(
+        models, work.volume, work.watch, full=work.options.full, num_slabs=work.memory.num_slabs
+    )
+
+
+def _note(work: Work, text: str, progress: Progress) -> None:
+    work.notes = (*work.notes, text)
+    progress.message(f"{work.shown}: {text}")
+
+
+def _on_cpu(model: Model) -> Model:
+    cpu = torch.device("cpu")
+    return replace(model, network=copy.deepcopy(model.network).to(cpu), device=cpu, compiled=None)
+
+
+@_guarded
+def _write(work: Work, models: Sequence[Model], written: list[CaseResult]) -> None:
+    if work.volume is None or work.segmented is None:
+        raise ValueError("compute the mask first")
+    mask, volume, facts = work.segmented.mask, work.volume, models[0].facts
+    warnings = check_input(volume, facts.inputs)
+    volumes_ml = _volumes_ml(mask, volume, facts.plan)
+    with work.watch.stage("quality"):
+        quality: CaseQuality = work.segmented.meter.quality(work.shown, mask, facts, volumes_ml, warnings)
+    with work.watch.stage("save"):
+        place = write_output(work.target, mask, volume, models[0], work.options)
+        write_atomically(quality_file(work.target), quality.model_dump_json(indent=1).encode())
+    result = CaseResult(
+        work.case.case_id,
+        place,
+        volumes_ml,
+        windows_run=work.segmented.windows_run,
+        windows_full=work.segmented.windows_full,
+        warnings=warnings,
+        notes=work.notes,
+        seconds=work.watch.seconds,
+        quality=quality,
+    )
+    written.append(result)
+
+
+def _remove_earlier(work: Work) -> None:
+    """What an earlier call left in the folder of a cohort would pass for a result of this one."""
+    if work.alone:
+        return
+    for path in (work.target, quality_file(work.target)):
+        path.unlink(missing_ok=True)
+    if work.case.exam is not None:
+        no_findings_file(work.target).unlink(missing_ok=True)
+
+
+def _status(work: Work, result: CaseResult) -> CaseStatus:
+    mask, segmented = result.mask, work.segmented
+    return CaseStatus(
+        case=work.shown,
+        state="failed" if mask is None else "done",
+        key=work.key,
+        input_sha256=work.digest,
+        mask_sha256="" if mask is None else file_digest([DicomFile(mask)]),
+        shape_vox=() if segmented is None else segmented.mask.shape,
+        affine=() if work.volume is None else work.volume.affine.tolist(),
+        plan_shape_vox=() if segmented is None else segmented.record.grid_shape,
+        slabs=0 if work.memory is None else work.memory.num_slabs,
+        volumes_ml=result.volumes_ml,
+        windows_run=result.windows_run,
+        windows_full=result.windows_full,
+        warnings=result.warnings,
+        notes=work.notes,
+        error=result.shown_error,
+        seconds={stage: round(seconds, 3) for stage, seconds in work.watch.seconds.items()},
+        peak_mib=peak_mib(),
+    )
+
+
+def _volumes_ml(mask: MaskArray, volume: Volume, plan: Plan) -> dict[str, float]:
+    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    counts = {label.output_value: 0 for label in plan.labels}
+    for z in range(mask.shape[2]):  # a plane at a time takes no memory
+        values, numbers = np.unique(mask[:, :, z], return_counts=True)
+        for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
+            if value:
+                counts[value] += number
+    return {label.name: sum(counts[value] for value in painted_values(label, plan)) * voxel_ml for label in plan.labels}
+
+
+def _is_memory_error(error: Exception) -> bool:
+    # Torch has a class of its own for devices only.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

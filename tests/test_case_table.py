@@ -1,0 +1,174 @@
+"""Cohorts by a table of cases, and what overlaps in a cohort."""
+
+from __future__ import annotations
+
+import csv
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import tokenseg.case_work
+from dicom_phantoms import write_series
+from phantoms import phantom, write_nifti
+from plans import make_plan
+from tokenseg.cli import main
+from tokenseg.data.case_table import read_case_table
+from tokenseg.data.inputs import read_input
+from tokenseg.data.volume import read_mask
+from tokenseg.errors import DataError, FileError
+from tokenseg.segment import segment_files
+from toy_models import Toy, as_stored, nearest_level, save_untrained, toy_model
+
+ONE = make_plan(labels=1)
+TWO = make_plan(channels=2, labels=1)
+
+
+def write_table(path, *rows: tuple[str, ...]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def test_cases_from_anywhere(tmp_path):
+    here = write_nifti(tmp_path / "a" / "scan.nii.gz", phantom(0)[0][0])
+    write_nifti(tmp_path / "tables" / "near.nii", phantom(1)[0][0])
+    write_series(tmp_path / "study")
+    table = write_table(
+        tmp_path / "tables" / "cohort.csv",
+        ("case", "image", "note"),
+        ("z", str(here), "x"),
+        ("b", "near.nii", ""),
+        ("d", "../study", ""),
+    )
+    cases = read_case_table(table, ONE)
+    assert [case.case_id for case in cases] == ["z", "b", "d"]
+    np.testing.assert_array_equal(read_input(cases[0], ONE).array[0], phantom(0)[0][0].astype(np.float32))
+    assert cases[2].exam is not None
+    model = save_untrained(tmp_path / "model")
+    assert main(["segment", str(table), str(tmp_path / "out"), "--model", str(model)]) == 0
+    assert {"z.nii.gz", "b.nii", "d_seg.dcm"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert len((tmp_path / "out" / "status.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_column_a_channel_by_name(tmp_path):
+    for number in range(2):
+        write_nifti(tmp_path / f"{number}.nii.gz", phantom(number)[0][0])
+    table = write_table(tmp_path / "t.csv", ("C1", "case", "c0"), ("1.nii.gz", "a", "0.nii.gz"))
+    (case,) = read_case_table(table, TWO)
+    volume = read_input(case, TWO)
+    order = [volume.channels.index(name) for name in ("c0", "c1")]
+    for number, row in enumerate(order):
+        np.testing.assert_array_equal(volume.array[row], phantom(number)[0][0].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([("case",), ("a",)], "it needs `case`, and `image` or one a channel: c0"),
+        ([("image",), ("a.nii",)], "it needs `case`"),
+        ([("case", "image")], "lists no case"),
+        ([("case", "image"), ("a", "")], r"cells are empty in line\(s\) 2"),
+        ([("case", "image"), ("a", "x.nii"), ("a", "y.nii")], "case ids must be unique"),
+        ([("case", "image"), ("../a", "x.nii")], "must be usable as file names"),
+        ([()], r"has the columns \(none\)"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, rows, reason):
+    with pytest.raises(DataError, match=reason):
+        read_case_table(write_table(tmp_path / "t.csv", *rows), ONE)
+
+
+def test_what_is_no_table(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"case,image\n\xff\xfe\x00")
+    with pytest.raises(FileError, match="cannot be read as a table"):
+        read_case_table(tmp_path / "t.csv", ONE)
+
+
+def test_a_missing_file_fails_alone(tmp_path):
+    write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
+    table = write_table(tmp_path / "t.csv", ("case", "image"), ("gone", "none.nii.gz"), ("a", "a.nii.gz"))
+    model = toy_model(nearest_level(2), as_stored(ONE))
+    gone, done = segment_files([model], table, tmp_path / "out")
+    assert "does not exist" in gone.error
+    assert done.mask == tmp_path / "out" / "a.nii.gz"
+
+
+# ---- overlap
+
+
+def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monkeypatch):
+    """Each step waits until its neighbour has begun: without overlap this would never end."""
+    for number in range(3):
+        write_nifti(tmp_path / "in" / f"{number}.nii.gz", phantom(number)[0][0])
+    reading = [threading.Event() for _ in range(3)]
+    read = tokenseg.case_work.read_input
+
+    def note_reading(case, plan):
+        reading[int(case.case_id)].set()
+        return read(case, plan)
+
+    computed = []
+
+    def wait_for_next(images: torch.Tensor) -> torch.Tensor:
+        number = len(computed)
+        computed.append(number)
+        assert number == 2 or reading[number + 1].wait(timeout=60)
+        return torch.cat([0 * images, images - 50], dim=1)
+
+    monkeypatch.setattr(tokenseg.case_work, "read_input", note_reading)
+    plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
+    results = segment_files([toy_model(Toy(wait_for_next), plan)], tmp_path / "in", tmp_path / "out")
+    assert [result.case_id for result in results] == ["0", "1", "2"]
+    assert all(read_mask(result.mask).array.shape == (24, 24, 24) for result in results)
+    states = [json.loads(line)["state"] for line in (tmp_path / "out" / "status.jsonl").read_text().splitlines()]
+    assert states == ["done"] * 3
+
+
+def test_a_slow_writer_holds_nothing_up_but_itself(tmp_path, monkeypatch):
+    for number in range(2):
+        write_nifti(tmp_path / "in" / f"{number}.nii.gz", phantom(number)[0][0])
+    write, second = tokenseg.case_work.write_output, threading.Event()
+
+    def slow(target, *rest):
+        if target.name.startswith("0"):
+            assert second.wait(timeout=60)
+        return write(target, *rest)
+
+    def answer(images: torch.Tensor) -> torch.Tensor:
+        if answer.calls:
+            second.set()
+        answer.calls += 1
+        return torch.cat([0 * images, images - 50], dim=1)
+
+    answer.calls = 0
+    monkeypatch.setattr(tokenseg.case_work, "write_output", slow)
+    plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
+    started = time.monotonic()
+    results = segment_files([toy_model(Toy(answer), plan)], tmp_path / "in", tmp_path / "out")
+    assert [result.error for result in results] == ["", ""]
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize(("failures", "notes"), [(1, 1), (2, 2)])
+def test_a_gpu_without_memory_ends_on_the_cpu_and_says_so(tmp_path, failures, notes):
+    write_nifti(tmp_path / "in" / "a.nii.gz", phantom(0)[0][0])
+
+    def answer(images: torch.Tensor) -> torch.Tensor:
+        answer.calls += 1
+        if answer.calls <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.cat([0 * images, images - 50], dim=1)
+
+    answer.calls = 0
+    plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
+    (result,) = segment_files([toy_model(Toy(answer), plan)], tmp_path / "in", tmp_path / "out")
+    assert result.mask is not None
+    told = json.loads((tmp_path / "out" / "status.jsonl").read_text())["notes"]
+    assert len(told) == notes
+    assert told[0].startswith("the GPU ran out of memory: once more")
+    assert notes == 1 or told[1] == "the GPU ran out of memory again: on the CPU"
