@@ -1,6 +1,7 @@
 """The tables of README and docs, made from the rows beside this file.
 
-Usage: python benchmarks/tables.py [README.md benchmarks/README.md docs/synthetic-cohort.md docs/hippocampus.md]
+Usage: python benchmarks/tables.py [README.md benchmarks/README.md docs/synthetic-cohort.md docs/hippocampus.md
+                                   docs/memory.md]
 
 With files it replaces the text between their table markers.
 """
@@ -8,6 +9,7 @@ With files it replaces the text between their table markers.
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
 from functools import partial
@@ -111,6 +113,21 @@ def steering_table() -> str:
     return "\n".join(lines)
 
 
+def memory_table() -> str:
+    """Highest memory of whole scans beside the limit that was given, the newest row of each."""
+    newest = {(row["scan"], int(row["labels"])): row for row in rows_of("memory.csv")}
+    lines = ["| scan, int16 | labels | highest memory | limit |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {scan.replace('x', ' x ')} | {labels} | {row['peak_gb']} GB | {row['limit'].removesuffix('GB')} GB |"
+        for (scan, labels), row in sorted(newest.items(), key=lambda each: (_voxels(each[0][0]), each[0][1]))
+    ]
+    return "\n".join(lines)
+
+
+def _voxels(scan: str) -> int:
+    return math.prod(int(size) for size in scan.split("x"))
+
+
 def earlier_table() -> str:
     """What the network reached before its refinement on data other than the hippocampus; labels averaged."""
     lines = ["| data | training | Dice | HD95 |", "| --- | --- | --- | --- |"]
@@ -170,6 +187,7 @@ def fill(text: str) -> str:
         "ablation": partial(accuracy_table, "ablation"),
         "steering": steering_table,
         "earlier": earlier_table,
+        "memory": memory_table,
         "demo": demo_table,
         "hippocampus": hippocampus_table,
         "threshold": threshold_table,

@@ -129,10 +129,33 @@ def test_cohorts_work_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     save_untrained(Path("run"))
     for number in range(3):
         write_nifti(Path(f"SCANS/scan{number}.nii.gz"), phantom(number)[0][0])
+    (table,) = blocks("cohorts.md", "csv")
+    Path("cohort.csv").write_text(
+        table.replace("../clinic-a/scan", "SCANS/scan0").replace("/data/clinic-b/study-17", "STUDY")
+    )
+    write_series(Path("STUDY"))
     for command in commands("cohorts.md"):
         run(command, {})
+    assert {"anna.nii.gz", "bert_seg.dcm"} <= {path.name for path in Path("masks-of-table").iterdir()}
     names = {path.name for path in Path("masks").iterdir()}
     assert {"summary.csv", "status.jsonl", "summary.1-of-2.csv", "scan2.nii.gz"} <= names
+
+
+def test_memory_quality_and_privacy_work_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_untrained(Path("run"))
+    for number in range(2):
+        write_nifti(Path(f"SCANS/ANNA{number}.nii.gz"), phantom(number)[0][0])
+    write_nifti(Path("SCAN.nii.gz"), phantom(0)[0][0])
+    for page in ("memory.md", "quality.md", "privacy.md"):
+        for command in commands(page):
+            run(command, {})
+    quality = json.loads(Path("masks/ANNA0_qc.json").read_text())
+    fields = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", (ROOT / "docs" / "quality.md").read_text(), flags=re.MULTILINE)
+    assert set(quality) - {"case"} == set(re.findall(r"\w+", " ".join(fields)))
+    assert Path("MASK_manifest.json").is_file()
+    assert "ANNA0" not in Path("report.html").read_text() + Path("masks/status.jsonl").read_text()
+    assert "ANNA0" in Path("named.html").read_text()
 
 
 def test_checking_works_as_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,9 +205,9 @@ def test_evaluation_report_without_images(mixed, tmp_path):
     assert "External centre" in outline.texts
 
 
-def quality(expected_dice: float, *flags: str) -> CaseQuality:
-    nothing = {"near_boundary": None, "entropy": None, "cell_entropy": (), "labels": {}, "temperature": 1}
-    return CaseQuality(case="hidden", expected_dice=expected_dice, flags=flags, calibrated=False, **nothing)
+def quality(entropy: float, *flags: str) -> CaseQuality:
+    nothing = {"near_boundary": None, "expected_dice": None, "cell_entropy": (), "labels": {}, "temperature": 1}
+    return CaseQuality(case="hidden", entropy=entropy, flags=flags, calibrated=False, **nothing)
 
 
 def test_segmentation_report_has_volumes_and_reasons_of_failures(tmp_path):
@@ -233,7 +233,7 @@ def test_tokens_of_the_least_sure_are_shown(tmp_path):
         path = write_nifti(tmp_path / f"c{number}.nii.gz", np.random.default_rng(number).random(SHAPE, np.float32))
         mask = write_nifti(tmp_path / "masks" / path.name, cube(1, 1))
         cases.append(Case(f"c{number}", f"c{number}", (path,)))
-        results.append(CaseResult(f"c{number}", mask, {"l0": 1.0}, quality=quality(1 - number / 10)))
+        results.append(CaseResult(f"c{number}", mask, {"l0": 1.0}, quality=quality(number / 10)))
     plan = make_plan(window_vox=(16, 16, 16), grid=(2, 2, 2))
     tokens = tokens_of_worst(untrained(plan), results, cases)
     assert [report.case_id for report in tokens] == ["c4", "c3", "c2"]

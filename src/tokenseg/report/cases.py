@@ -113,8 +113,7 @@ def worst_results_first(results: Sequence[CaseResult]) -> list[CaseResult]:
     def rank(result: CaseResult) -> tuple[int, float, str]:
         if result.quality is None:
             return 0, 0.0, result.case_id
-        expected = result.quality.expected_dice
-        return 1 if result.quality.flags else 2, 1.0 if expected is None else expected, result.case_id
+        return 1 if result.quality.flags else 2, -(result.quality.entropy or 0.0), result.case_id
 
     return sorted(results, key=rank)
 

@@ -214,13 +214,13 @@ def _segmentation_lead(results: Sequence[CaseResult], names: Sequence[str]) -> H
 
 
 def _volume_table(results: Sequence[CaseResult], names: Sequence[str], shown: Mapping[str, str]) -> Html:
-    columns = [("Case", False), ("Expected Dice", True), *((f"{name} (ml)", True) for name in names)]
+    columns = [("Case", False), ("Entropy", True), *((f"{name} (ml)", True) for name in names)]
     columns.append(("Unusual, or why it failed", False))
     rows = [
         element(
             "tr",
             element("th", shown[result.case_id], scope="row"),
-            number_cell(_expected_dice(result), 3),
+            number_cell(_entropy(result), 3),
             *(number_cell(result.volumes_ml.get(name, math.nan), 2) for name in names),
             element("td", _remarks(result), class_="prose"),
             class_="bad" if result.mask is None else None,
@@ -231,8 +231,8 @@ def _volume_table(results: Sequence[CaseResult], names: Sequence[str], shown: Ma
     return scrollable(table, "Volumes of each case", tall=True)
 
 
-def _expected_dice(result: CaseResult) -> float:
-    value = None if result.quality is None else result.quality.expected_dice
+def _entropy(result: CaseResult) -> float:
+    value = None if result.quality is None else result.quality.entropy
     return math.nan if value is None else value
 
 
