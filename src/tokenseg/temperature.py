@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
@@ -68,8 +68,8 @@ def calibrate(model: Model, cases: Sequence[Case], dataset: Dataset, progress: P
 
 
 def sample_voxels(
-    logits: Float[Tensor, "L X Y Z"], labels: Int[Tensor, "R X Y Z"], *, regions: bool
-) -> tuple[Float[Tensor, "n L"], Int[Tensor, "n R"]]:
+    logits: Float[Tensor, "L X Y Z"], labels: Integer[Tensor, "R X Y Z"], *, regions: bool
+) -> tuple[Float[Tensor, "n L"], Integer[Tensor, "n R"]]:
     """Logits and labels of some voxels that may be foreground or are; all else is sure and would drown them.
 
     Args:
@@ -84,7 +84,7 @@ def sample_voxels(
     return logits.flatten(1)[:, places].T, labels.flatten(1)[:, places].T.long()
 
 
-def fit_temperature(logits: Float[Tensor, "n L"], labels: Int[Tensor, "n R"], *, regions: bool) -> float:
+def fit_temperature(logits: Float[Tensor, "n L"], labels: Integer[Tensor, "n R"], *, regions: bool) -> float:
     """The temperature under which labels are most likely, between 0.1 and 10."""
 
     def loss(log_temperature: float) -> float:
@@ -98,7 +98,7 @@ def fit_temperature(logits: Float[Tensor, "n L"], labels: Int[Tensor, "n R"], *,
 
 
 def calibration_error(
-    logits: Float[Tensor, "n L"], labels: Int[Tensor, "n R"], temperature: float, *, regions: bool
+    logits: Float[Tensor, "n L"], labels: Integer[Tensor, "n R"], temperature: float, *, regions: bool
 ) -> float:
     """Expected calibration error, 0 to 1; over regions, of all of them."""
     scaled = logits / temperature
@@ -133,6 +133,6 @@ def cross_fitted_error(cases: Sequence[Voxels], *, regions: bool) -> tuple[float
 
 def joined(
     cases: Sequence[Voxels],
-) -> tuple[Float[Tensor, "all L"], Int[Tensor, "all R"]]:
+) -> tuple[Float[Tensor, "all L"], Integer[Tensor, "all R"]]:
     """Voxels of several cases in one list."""
     return torch.cat([logits for logits, _ in cases]), torch.cat([labels for _, labels in cases])
