@@ -94,6 +94,14 @@ def test_gradient_passes_straight_through() -> None:
     assert torch.equal(gradient, slope)
 
 
+@pytest.mark.parametrize("quantizer", [VectorQuantizer(8, 4), FiniteScalarQuantizer(4)])
+def test_tokens_of_one_code_are_alike_to_the_last_bit(quantizer: VectorQuantizer | FiniteScalarQuantizer) -> None:
+    """Or the largest of them, which takes the gradient of a maximum, would be decided by rounding."""
+    torch.manual_seed(0)
+    tokens, codes = quantizer.eval()(torch.randn(1, 400, 4))
+    assert len({tuple(row.tolist()) for row in tokens[0]}) == len(set(codes[0].tolist()))
+
+
 def test_commitment_is_the_mean_squared_distance_and_pulls_tokens_to_their_codes() -> None:
     quantizer = quantizer_with(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
     tokens = torch.tensor([[[1.0, 2.0], [4.0, 0.0]]], requires_grad=True)

@@ -84,7 +84,7 @@ class VectorQuantizer(nn.Module):
         if self.training:
             self.usage.update(codes)
             self._follow(tokens.detach(), codes)
-        return Quantized(tokens + (quantized - tokens).detach(), codes)
+        return Quantized(_straight_through(tokens, quantized), codes)
 
     def commitment(self, tokens: Tokens, codes: Codes) -> Float[Tensor, ""]:
         """Mean squared distance from `tokens` to their codes; the gradient reaches only the tokens."""
@@ -162,8 +162,16 @@ class FiniteScalarQuantizer(nn.Module):
         codes = ((rounded.detach() + self.half_range - 0.5).long() * self.basis).sum(dim=-1)
         if self.training:
             self.usage.update(codes)
-        straight = bounded + (rounded - bounded).detach()
-        return Quantized(self.widen(straight / self.half_range), codes)
+        return Quantized(self.widen(_straight_through(bounded, rounded) / self.half_range), codes)
+
+
+def _straight_through(values: Tokens, quantized: Tokens) -> Tokens:
+    """`quantized` to the last bit, with the gradient of `values`.
+
+    The customary `values + (quantized - values).detach()` leaves rounding: tokens of one code, alike otherwise, would
+    differ by it, and the gradient of the score's largest and smallest token go to whichever it favoured.
+    """
+    return quantized.detach() + (values - values.detach())
 
 
 def build_quantizer(kind: str, num_codes: int, width: int) -> VectorQuantizer | FiniteScalarQuantizer | None:
