@@ -76,9 +76,23 @@ def test_a_batch_follows_from_seed_and_step_alone() -> None:
     assert [batch.case_ids for batch in in_order] == [batch.case_ids for batch in backwards]
 
 
-def test_steps_seeds_and_processes_differ() -> None:
+def test_steps_and_seeds_differ() -> None:
     batches = [batches_of()[0], batches_of()[1], batches_of(seed=(1, 0))[0], batches_of(seed=(0, 1))[0]]
     assert not any(same(one, other) for number, one in enumerate(batches) for other in batches[:number])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_shares_of_processes_make_up_the_batch_of_one(count: int) -> None:
+    plan = make_plan(window_vox=(8, 8, 8)).model_copy(update={"batch_size": 4, "coarse_factor": (3, 3, 3)})
+    cases = [with_coarse(blocks(), "a"), with_coarse(blocks((24, 21, 18)), "b")]
+    whole = TrainingBatches(cases, plan, 0.5, noisy, (0, 0))
+    shares = [TrainingBatches(cases, plan, 0.5, noisy, (0, 0), part=(number, count)) for number in range(count)]
+    for step in range(5):
+        batches = [share[step] for share in shares]
+        assert torch.equal(torch.cat([batch.images for batch in batches]), whole[step].images)
+        assert torch.equal(torch.cat([batch.labels for batch in batches]), whole[step].labels)
+        assert all(batch.case_ids == whole[step].case_ids for batch in batches)
+        assert all(batch.coarse == whole[step].coarse for batch in batches)
 
 
 def test_a_batch_has_the_plans_shape_and_names_its_cases() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenseg.config import Plan, TrainConfig
 from tokenseg.model.network import TokenRecord, TokenSegOutput
+from tokenseg.processes import sum_over_processes
 from tokenseg.shapes import Logits
 
 Targets = Float[Tensor, "B L X Y Z"]
@@ -98,7 +99,8 @@ def coarse_targets(
 def segmentation_loss(logits: Logits, targets: Targets, *, regions: bool) -> Float[Tensor, ""]:
     """Soft Dice loss plus cross-entropy; `targets` may be fractions after averaging.
 
-    Dice sums over the whole batch, so that a window without foreground does not ask for an empty answer at full weight.
+    Dice sums over the whole batch, windows of other processes included, so that one without foreground does not ask for
+    an empty answer at full weight.
     """
     logits = logits.float()
     if regions:
@@ -110,10 +112,11 @@ def segmentation_loss(logits: Logits, targets: Targets, *, regions: bool) -> Flo
         entropy = -(targets * log_probabilities).sum(dim=1).mean()
     first = 0 if regions else 1
     axes = (0, 2, 3, 4)
-    overlap = (probabilities * targets).sum(dim=axes)[first:]
-    sizes = (probabilities + targets).sum(dim=axes)[first:]
+    sums = [each.sum(dim=axes)[first:] for each in (probabilities * targets, probabilities + targets)]
+    overlap, sizes = sum_over_processes(torch.stack(sums))
     dice = (2 * overlap + 1e-5) / (sizes + 1e-5)
-    return (1 - dice.mean()) + entropy
+    loss: Tensor = (1 - dice.mean()) + entropy
+    return loss
 
 
 def recall_loss(logits: Logits, foreground: Bool[Tensor, "B X Y Z"], *, regions: bool) -> Float[Tensor, ""]:
@@ -127,7 +130,10 @@ def recall_loss(logits: Logits, foreground: Bool[Tensor, "B X Y Z"], *, regions:
     logit = logits.amax(dim=1) if regions else logits[:, 1:].logsumexp(dim=1) - logits[:, 0]
     entropy = nn.functional.binary_cross_entropy_with_logits(logit, foreground.float(), reduction="none")
     halves = (foreground.float(), (~foreground).float())
-    return 0.5 * torch.stack([(entropy * half).sum() / half.sum().clamp(min=1) for half in halves]).sum()
+    sums = [torch.stack([(entropy * half).sum(), half.sum()]) for half in halves]
+    entropies, voxels = sum_over_processes(torch.stack(sums, dim=1))
+    loss: Tensor = 0.5 * (entropies / voxels.clamp(min=1)).sum()
+    return loss
 
 
 def score_loss(tokens: TokenRecord, foreground: Bool[Tensor, "B X Y Z"]) -> Float[Tensor, ""]:

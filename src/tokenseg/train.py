@@ -16,9 +16,7 @@ RUN/
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -26,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 
 from tokenseg import __version__
@@ -47,7 +44,7 @@ from tokenseg.data.fingerprint import Fingerprint, label_volumes_ml, take_finger
 from tokenseg.data.planner import make_plan
 from tokenseg.data.splits import split_folds
 from tokenseg.data.suitability import InputFacts, summarise_inputs
-from tokenseg.device import bfloat16_helps, choose_device
+from tokenseg.device import choose_device
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.evaluate import Evaluation, evaluate_folders, write_csv, write_json
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
@@ -58,8 +55,9 @@ from tokenseg.segment import segment_cases
 from tokenseg.temperature import calibrate
 from tokenseg.training.augment import build_augmentation, leave_unchanged
 from tokenseg.training.batches import TrainingBatches
-from tokenseg.training.cache import prepare_cases
+from tokenseg.training.cache import PreparedCase, prepare_cases
 from tokenseg.training.journal import read_journal
+from tokenseg.training.launch import check_divides, first_then_others, open_fabric
 from tokenseg.training.loop import LOG_NAME, STATE_NAME, Fit, fit, measure_step_seconds
 
 REPORT_NAME = "report.html"
@@ -117,19 +115,22 @@ def train(
         torch.set_num_threads(options.threads)
     fabric = open_fabric(device)
     progress = progress if fabric.is_global_zero else Silent()
-    # The first process writes the run folder and the cache; others read what it wrote.
-    with fabric.rank_zero_first():
+
+    def prepare() -> tuple[_Setup, dict[str, PreparedCase]]:
+        # The first process writes the run folder and the cache; others read what it wrote.
         resumed = not fabric.is_global_zero or _may_resume(run_path, options, progress)
         setup = (
             _extended(_load_setup(dataset_path, run_path, progress), run_path, options.max_steps, progress)
             if resumed
             else _new_setup(dataset_path, run_path, options, progress)
         )
-        setup = replace(setup, inputs=_inputs(setup, run_path))
-        plan = setup.config.plan
         chosen = {*setup.split.train, *setup.split.val}
         cases = tuple(case for case in setup.dataset.cases if case.case_id in chosen)
-        prepared = prepare_cases(setup.dataset, cases, plan, run_path / "cache", progress)
+        prepared = prepare_cases(setup.dataset, cases, setup.config.plan, run_path / "cache", progress)
+        return replace(setup, inputs=_inputs(setup, run_path)), prepared
+
+    setup, prepared = first_then_others(fabric, prepare)
+    plan = setup.config.plan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setup.options.seed)
         network = make_network(setup.config.network, plan)
@@ -142,7 +143,9 @@ def train(
             plan,
             setup.config.train.foreground_fraction,
             build_augmentation(plan) if setup.config.train.augment else leave_unchanged,
-            (setup.options.seed, fabric.global_rank),
+            # The zero keeps the batches those of earlier versions.
+            (setup.options.seed, 0),
+            part=(fabric.global_rank, fabric.world_size),
         ),
         validation=[prepared[case_id] for case_id in setup.split.val],
         folder=run_path,
@@ -151,17 +154,21 @@ def train(
     )
     total_steps = setup.total_steps or _settle_steps(run, network, setup, run_path)
     fit(run, network, total_steps)
-    evaluation = None
-    with fabric.rank_zero_first():
-        if fabric.is_global_zero:
-            model = Model(network.eval(), _facts(setup), fabric.device)
-            quality = calibrate(model, _validation_cases(setup), setup.dataset, progress)
-            quality = quality.model_copy(update={"volumes_ml": _volumes_ml(setup, run_path)})
-            model = replace(model, facts=model.facts.model_copy(update={"quality": quality}))
-            evaluation = _validate(model, setup, run_path, progress)
-            facts = _facts(setup, total_steps, evaluation).model_copy(update={"quality": quality})
-            save_model(run_path / "model", network, facts)
-            _report(Model(network.eval(), facts, fabric.device), setup, run_path, evaluation, progress)
+
+    def finish() -> Evaluation | None:
+        if not fabric.is_global_zero:
+            return None
+        model = Model(network.eval(), _facts(setup), fabric.device)
+        quality = calibrate(model, _validation_cases(setup), setup.dataset, progress)
+        quality = quality.model_copy(update={"volumes_ml": _volumes_ml(setup, run_path)})
+        model = replace(model, facts=model.facts.model_copy(update={"quality": quality}))
+        evaluation = _validate(model, setup, run_path, progress)
+        facts = _facts(setup, total_steps, evaluation).model_copy(update={"quality": quality})
+        save_model(run_path / "model", network, facts)
+        _report(Model(network.eval(), facts, fabric.device), setup, run_path, evaluation, progress)
+        return evaluation
+
+    evaluation = first_then_others(fabric, finish)
     return TrainResult(run_path, total_steps, cast("Evaluation", fabric.broadcast(evaluation)))
 
 
@@ -203,6 +210,7 @@ def _new_setup(dataset_path: Path, run_path: Path, options: TrainOptions, progre
     check_writable(run_path, run_path)
     fingerprint = _fingerprint(dataset, run_path, progress)
     config = build_run_config(make_plan(dataset, fingerprint), PRESETS[options.preset], overrides)
+    check_divides(config.plan)
     for field, reason in config.plan.reasons.items():
         progress.message(f"plan: {field}: {reason}")
     write_run_config(run_path / "config.toml", config)
@@ -258,7 +266,9 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
         )
     if threads != torch.get_num_threads():
         progress.message(f"note: {threads} threads before, {torch.get_num_threads()} now: not bit-identical")
-    return _Setup(dataset, read_run_config(run_path / "config.toml"), split, options, total_steps)
+    config = read_run_config(run_path / "config.toml")
+    check_divides(config.plan)
+    return _Setup(dataset, config, split, options, total_steps)
 
 
 def _extended(setup: _Setup, run_path: Path, max_steps: int | None, progress: Progress) -> _Setup:
@@ -305,25 +315,6 @@ def _write_run(run_path: Path, setup: _Setup) -> None:
 
 def _write_json(path: Path, values: object) -> None:
     write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
-
-
-def open_fabric(device: torch.device) -> Fabric:
-    """One process, unless a launcher such as torchrun has started several."""
-    fabric = Fabric(
-        accelerator=device.type,
-        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        precision="bf16-mixed" if bfloat16_helps(device) else "32-true",
-    )
-    fabric.launch()
-    if fabric.world_size > 1:
-        # Threads of the gloo backend, left to the interpreter's exit, now and then abort a process whose work is done.
-        atexit.register(_leave_group)
-    return fabric
-
-
-def _leave_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | None = None) -> ModelFacts:

@@ -34,7 +34,7 @@ def train_shortly(folder: Path) -> list[dict[str, str]]:
     config = folder / "config.toml"
     config.write_text(CONFIG)
     options = TrainOptions(preset="tiny", max_steps=NUM_STEPS, config=config, device="cpu", threads=1)
-    with patch("tokenseg.train.bfloat16_helps", lambda _: False):
+    with patch("tokenseg.training.launch.bfloat16_helps", lambda _: False):
         train(dataset, folder / "run", options)
     return read_journal(folder / "run" / "log.csv")
 

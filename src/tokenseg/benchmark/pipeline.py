@@ -36,11 +36,12 @@ from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import check_writable, write_atomically
 from tokenseg.peers import PEERS, make_peer
 from tokenseg.progress import Progress, Silent
-from tokenseg.train import TrainResult, open_fabric, train
+from tokenseg.train import TrainResult, train
 from tokenseg.training.augment import build_augmentation, leave_unchanged
 from tokenseg.training.batches import TrainingBatches
 from tokenseg.training.cache import PreparedCase, prepare_cases
 from tokenseg.training.journal import read_journal
+from tokenseg.training.launch import open_fabric
 from tokenseg.training.loop import LOG_NAME, Fit
 
 _SETTINGS_NAME, _CONFIG_NAME, _CACHE_NAME = "benchmark.json", "config.toml", "cache"

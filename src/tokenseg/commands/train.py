@@ -11,6 +11,7 @@ import tyro
 
 from tokenseg.commands.checks import needs_extra, quieten_training_libraries, refuse_file
 from tokenseg.config import TrainOptions
+from tokenseg.errors import TokenSegError
 from tokenseg.terminal import Terminal, print_evaluation
 
 
@@ -29,10 +30,18 @@ class Train:
         needs_extra("train", "monai", "lightning_fabric")
         refuse_file(self.run)
         quieten_training_libraries()
+        from tokenseg.processes import process_number
         from tokenseg.train import train
 
-        with Terminal() as terminal:
-            result = train(self.dataset, self.run, self.options, terminal)
+        try:
+            with Terminal() as terminal:
+                result = train(self.dataset, self.run, self.options, terminal)
+        except TokenSegError as error:
+            if number := process_number():
+                raise type(error)(f"process {number}: {error}") from error
+            raise
+        if process_number():
+            return 0
         print_evaluation(result.evaluation)
         print(f"model: {self.run / 'model'}  ({result.steps} steps)")
         print(f"report: {self.run / 'report.html'}")

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenseg.processes import num_processes, own_rows
 from tokenseg.shapes import Features
 
 Stride: TypeAlias = tuple[int, int, int]
@@ -82,7 +83,9 @@ class ResidualBlock(nn.Module):
         """Keep the shape (B, W, X, Y, Z)."""
         change = self.norm(self.conv(self.first(features)))
         if self.training and self.skipped:
-            taken = torch.rand(change.shape[0], 1, 1, 1, 1, device=change.device) >= self.skipped
+            # Drawn for the whole batch, of which a process may hold a share: that does not decide which volume skips.
+            batch = change.shape[0] * num_processes()
+            taken = own_rows(torch.rand(batch, 1, 1, 1, 1, device=change.device)) >= self.skipped
             change = change * (taken.to(change.dtype) / (1 - self.skipped))
         return nn.functional.leaky_relu(change + features, 0.01, inplace=True)
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenseg.processes import gather_rows
 from tokenseg.shapes import Codes, Tokens
 
 
@@ -76,14 +77,19 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("started", torch.zeros((), dtype=torch.long))
 
     def forward(self, tokens: Tokens) -> Quantized:
-        """Replace each token by its nearest code; in training, move the codebook too."""
+        """Replace each token by its nearest code; in training, move the codebook too.
+
+        The codebook follows the tokens of the whole batch, those of other processes included: their codebooks stay one.
+        """
         if self.training:
-            self._start_from(tokens)
+            everyones = gather_rows(tokens.detach())
+            self._start_from(everyones)
         codes = self._nearest(tokens)
         quantized = self.codebook[codes]
         if self.training:
-            self.usage.update(codes)
-            self._follow(tokens.detach(), codes)
+            everyones_codes = gather_rows(codes)
+            self.usage.update(everyones_codes)
+            self._follow(everyones, everyones_codes)
         return Quantized(_straight_through(tokens, quantized), codes)
 
     def commitment(self, tokens: Tokens, codes: Codes) -> Float[Tensor, ""]:
@@ -101,7 +107,7 @@ class VectorQuantizer(nn.Module):
         started, total = int(self.started), self.codebook.shape[0]
         if started >= total:
             return
-        flat = tokens.detach().reshape(-1, tokens.shape[-1])
+        flat = tokens.reshape(-1, tokens.shape[-1])
         take = min(total - started, flat.shape[0])
         chosen = torch.linspace(0, flat.shape[0] - 1, take, device=flat.device).long()
         self._place(torch.arange(started, started + take, device=flat.device), flat[chosen], flat.shape[0] / total)
@@ -161,7 +167,7 @@ class FiniteScalarQuantizer(nn.Module):
         rounded = torch.floor(bounded) + 0.5
         codes = ((rounded.detach() + self.half_range - 0.5).long() * self.basis).sum(dim=-1)
         if self.training:
-            self.usage.update(codes)
+            self.usage.update(gather_rows(codes))
         return Quantized(self.widen(_straight_through(bounded, rounded) / self.half_range), codes)
 
 

@@ -1,6 +1,7 @@
 """Batches of windows.
 
-A batch is a pure function of seed, process and step: that is what makes a run resumable exactly.
+A batch is a pure function of seed and step: that is what makes a run resumable exactly. Of several processes each draws
+all of it and cuts its share, so that together they see what one would.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ COARSE_EVERY = 4
 
 
 class Batch(NamedTuple):
-    """Windows of one training step."""
+    """Windows of one training step, or one process's share of them."""
 
     images: Float[Tensor, "B C X Y Z"]
     labels: UInt8[Tensor, "B R X Y Z"]
     case_ids: tuple[str, ...]
+    """Cases of all windows of the step, those of other processes included."""
     coarse: bool = False
     """Whether the windows are coarse views of whole cases."""
 
@@ -43,7 +45,8 @@ class TrainingBatches(TorchDataset[Batch]):
         plan: Gives window and batch size.
         foreground_fraction: Share of windows centred on a foreground voxel; each label of the case is as likely.
         augment: Applied to each window.
-        seed: Of the run and, in several processes, of the process.
+        seed: Of the run.
+        part: Number of this process, from 0, and how many there are; the batch size must be a multiple.
     """
 
     def __init__(
@@ -53,9 +56,13 @@ class TrainingBatches(TorchDataset[Batch]):
         foreground_fraction: float,
         augment: Augmentation,
         seed: tuple[int, ...],
+        *,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         self.cases, self.plan, self.augment, self.seed = cases, plan, augment, seed
         self.foreground_fraction = foreground_fraction
+        share = plan.batch_size // part[1]
+        self.own = range(part[0] * share, (part[0] + 1) * share)
 
     def __getitem__(self, step: int) -> Batch:
         """Draw, cut and augment the windows of one step."""
@@ -67,12 +74,12 @@ class TrainingBatches(TorchDataset[Batch]):
             if is_coarse and case.coarse is not None:
                 case = case.coarse
             start = draw_window(rng, case, self.plan.window_vox, on_foreground=number < num_foreground)
-            window = {
-                "image": cut_window(case.image, start, self.plan.window_vox),
-                "labels": cut_window(case.labels, start, self.plan.window_vox),
-            }
-            windows.append(self.augment(window, int(rng.integers(2**32, dtype=np.uint64))))
+            seed = int(rng.integers(2**32, dtype=np.uint64))
             names.append(case.case_id)
+            if number in self.own:
+                arrays = {"image": case.image, "labels": case.labels}
+                window = {key: cut_window(array, start, self.plan.window_vox) for key, array in arrays.items()}
+                windows.append(self.augment(window, seed))
         images, labels = (torch.stack([window[key] for window in windows]) for key in ("image", "labels"))
         return Batch(images, labels, tuple(names), is_coarse)
 

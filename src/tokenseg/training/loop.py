@@ -24,6 +24,7 @@ from tokenseg.config import Plan, TrainConfig
 from tokenseg.errors import TrainingError
 from tokenseg.losses import LossParts, training_loss
 from tokenseg.model.network import TokenSeg
+from tokenseg.processes import mean_over_processes
 from tokenseg.progress import Progress
 from tokenseg.training.batches import Batch, TrainingBatches
 from tokenseg.training.board import open_board, write_row
@@ -76,12 +77,14 @@ def fit(run: Fit, network: nn.Module, total_steps: int) -> None:
                     parts = train_step(run, module, wrapped, batch)
             except TrainingError:
                 keeper.save(saved, weights=True)
+                # The launcher ends all processes once one has failed: none may before the first has saved.
+                run.fabric.barrier()
                 raise
             done, best = step + 1, saved.best_dice
             row, note = _row(done, parts, rate, time.monotonic() - started), ""
             validated = done % interval == 0 or done == total_steps
             if validated:
-                dice = quick_dice(network, run.validation, run.plan, run.fabric.device)
+                dice = _quick_dice_by_first(run, network)
                 _warn_of_collapse(run.progress, dice, best, done / total_steps)
                 row |= {"val_dice": dice, **_code_statistics(network)}
                 best, note = max(best, dice), f", Dice {dice:.3f}"
@@ -125,7 +128,7 @@ class _Keeper:
 
 
 def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) -> LossParts:
-    """One forward, backward and optimizer step.
+    """One forward, backward and optimizer step; returns the loss of the whole batch, the same in each process.
 
     Raises:
         TrainingError: Loss or gradient is not finite; nothing was changed.
@@ -133,12 +136,11 @@ def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) 
     batch = run.fabric.to_device(batch)
     # The forward pass moves the codebook, which is in the buffers.
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    parts = training_loss(
-        module(batch.images), batch.labels, plan=run.plan, config=run.config, coarse_view=batch.coarse
-    )
+    own = training_loss(module(batch.images), batch.labels, plan=run.plan, config=run.config, coarse_view=batch.coarse)
+    parts = LossParts(*mean_over_processes(torch.stack(own)))
     optimizer.zero_grad()
     if bool(torch.isfinite(parts.total)):
-        run.fabric.backward(parts.total)
+        run.fabric.backward(own.total)
         norm = run.fabric.clip_gradients(module, optimizer, max_norm=run.config.clip_norm, error_if_nonfinite=False)
         if norm is not None and bool(torch.isfinite(norm)):
             optimizer.step()
@@ -219,6 +221,13 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
     return float(np.mean(scores)) if scores else 0.0
 
 
+def _quick_dice_by_first(run: Fit, network: nn.Module) -> float:
+    """`quick_dice` of the first process; the others wait for it."""
+    is_first = run.fabric.is_global_zero
+    dice = quick_dice(network, run.validation, run.plan, run.fabric.device) if is_first else 0.0
+    return float(run.fabric.broadcast(dice))
+
+
 def _quick_cases(cases: Sequence[PreparedCase], plan: Plan) -> Sequence[PreparedCase]:
     """Up to eight cases from all over the list, fewer where they take over 200 windows, but one in any case.
 
@@ -252,7 +261,7 @@ def _steps(run: Fit, first: int, total: int) -> Iterator[tuple[int, Batch]]:
 
 @contextmanager
 def _draws_of(run: Fit, step: int) -> Iterator[None]:
-    """Make what a network draws at random (skipped blocks, dropout) follow from seed, process and step."""
+    """Make what a network draws at random (skipped blocks) follow from seed and step, in each process the same."""
     device = run.fabric.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence([*run.batches.seed, step]).generate_state(1)[0]))
