@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import tokenseg.memory
-from tokenseg.benchmark import end_to_end, frontier, manifest, memory, speed, worker
+from tokenseg import provenance as manifest
+from tokenseg.benchmark import end_to_end, frontier, memory, speed, worker
 from tokenseg.benchmark.frontier import Point, read_dice, speed_name, write_frontier
 from tokenseg.benchmark.latency import interleave, ratio, summarise
 from tokenseg.benchmark.memory import Ended, peak_mib, run_limited

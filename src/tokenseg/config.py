@@ -28,6 +28,7 @@ Spacing3: TypeAlias = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 PerLevel: TypeAlias = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+Depth: TypeAlias = Annotated[int, Field(ge=1, le=100)]
 
 NUM_LEVELS = 4
 
@@ -176,7 +177,7 @@ class NetworkConfig(Settings):
 
     widths: PerLevel
     """Feature channels of the four levels (1/2, 1/4, 1/8, 1/16)."""
-    blocks: PerLevel = (1, 2, 2, 2)
+    blocks: tuple[Depth, Depth, Depth, Depth] = (1, 2, 2, 2)
     """Residual blocks of each level of the encoder."""
     stochastic_depth: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Probability with which a residual block is skipped for a volume in training."""
@@ -192,7 +193,7 @@ class NetworkConfig(Settings):
     """E, entries of the codebook (`vq`; `fsq` always has 8^4 = 4096)."""
     score: Literal["learned", "sum"] = "learned"
     """How the three terms of the importance score join: weights learned against the surface, or a plain sum."""
-    mixer_layers: Annotated[int, Field(ge=0)] = 2
+    mixer_layers: Annotated[int, Field(ge=0, le=100)] = 2
     """Transformer layers over the kept tokens."""
     refine_fraction: Fraction = 0.0625
     """Share of the 2 x 2 x 2 blocks, the most uncertain, whose logits are refined at full resolution; 0 leaves the
@@ -312,8 +313,8 @@ class TrainOptions:
             raise ConfigError(f"--max-minutes {self.max_minutes}: must be above 0")
         for name, least in (("max_steps", 1), ("threads", 1), ("fold", 0), ("seed", 0)):
             value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            if isinstance(value, int) and not least <= value < 2**63:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below 2^63")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,7 +355,7 @@ def read_overrides(path: Path) -> dict[str, dict[str, Any]]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}; check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
     allowed = set(RunConfig.model_fields)
     wrong = sorted(key for key, value in tables.items() if key not in allowed or not isinstance(value, dict))

@@ -61,6 +61,25 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text is whole characters: names of files may be other bytes, and JSON may hold halves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_no_device(path: Path) -> None:
+    """Refuse a pipe or a device: reading one may wait for ever, or never come to an end.
+
+    Raises:
+        FileError: It is there, and neither a file nor a folder.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileError(f"{path} is a pipe or a device; give a file")
+
+
 def check_writable(folder: Path, output: Path) -> None:
     """Try to write where `output` is to be: before hours of work, not after. Nothing is left behind.
 

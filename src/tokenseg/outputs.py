@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -152,9 +153,12 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
     targets = [(case.case_id, output / mask_name(case)) for case in cases]
     targets += [(case_id, quality_file(path)) for case_id, path in targets]
     targets += [(case_id, no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
-    images = {path.resolve() for case in cases for path in case.images}
+    # Path.resolve raises where links make a loop.
+    images = {os.path.realpath(path) for case in cases for path in case.images}
     ours = _cases_in_summary(output)
-    foreign = [path for case_id, path in targets if path.exists() and (path.resolve() in images or case_id not in ours)]
+    foreign = [
+        path for case_id, path in targets if path.exists() and (os.path.realpath(path) in images or case_id not in ours)
+    ]
     if foreign:
         raise FileError(
             f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "

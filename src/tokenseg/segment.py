@@ -225,6 +225,8 @@ def _done_before(cohort: _Cohort, case: Case) -> CaseResult | None:
     saved = all(model.facts.weights_sha256 for model in cohort.models)
     if known is None or mask is None or quality is None or not saved:
         return None
+    if known.volumes_ml.keys() != {label.name for label in cohort.models[0].facts.plan.labels}:
+        return None  # a line that somebody changed
     return CaseResult(
         case.case_id,
         mask,

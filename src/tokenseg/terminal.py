@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,9 @@ class Terminal:
 
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
-    print(text, file=sys.stderr)
+    """Print a line on stderr, if that can be written: a log on a full disk changes no exit code."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

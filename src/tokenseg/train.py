@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from tokenseg import __version__
 from tokenseg.checkpoint import MakeNetwork, Model, ModelFacts, save_model
 from tokenseg.config import (
     PRESETS,
+    PositiveInt,
     RunConfig,
     SegmentOptions,
     TrainOptions,
@@ -251,9 +253,11 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
         facts = json.loads((run_path / "run.json").read_text(encoding="utf-8"))
         splits = json.loads((run_path / "splits.json").read_text(encoding="utf-8"))
         given = {key: facts[key] for key in ("preset", "fold", "seed", "max_minutes")}
-        options, threads = TrainOptions(**given), facts["threads"]
+        options = TypeAdapter(TrainOptions).validate_python(given)
+        options.check()
+        threads = facts["threads"]
         split = _choose_split([Split(tuple(fold["train"]), tuple(fold["val"])) for fold in splits], options.fold)
-        total_steps = facts["total_steps"]
+        total_steps = TypeAdapter(PositiveInt | None).validate_python(facts["total_steps"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"run folder {run_path} cannot be resumed: {reason}; start again in a new folder") from error

@@ -12,11 +12,14 @@ from typing import Literal, TypeAlias
 from tokenseg.config import Label
 from tokenseg.data.dicom_exam import Exam
 from tokenseg.errors import DataError
+from tokenseg.files import is_utf8
 
 LayoutName: TypeAlias = Literal["msd", "nnunet", "mamamia"]
 
 MAX_CHANNELS = 8
 MIN_CASES = 2
+MAX_ID_BYTES = 200
+"""File names have 255 on most systems, and endings and temporary names are added."""
 _NUM_SHOWN = 5
 
 
@@ -118,10 +121,16 @@ def check_case_ids(case_ids: Sequence[str], root: Path) -> None:
     """Check that case ids are unique and can name files.
 
     Raises:
-        DataError: An id repeats, is empty, starts with a dot, or holds a path separator or control character.
+        DataError: An id repeats, is empty or very long, starts with a dot, or holds a path separator or control
+            character.
     """
-    unusable = [case_id for case_id in case_ids if not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*", case_id)]
-    if unusable:
+    pattern = r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"
+    usable = [is_utf8(each) and len(each.encode()) <= MAX_ID_BYTES and re.fullmatch(pattern, each) for each in case_ids]
+    if not all(usable):
+        # A line break in one would make two lines of the message.
+        unusable = [
+            each if each.isprintable() else repr(each) for each, ok in zip(case_ids, usable, strict=True) if not ok
+        ]
         raise DataError(f"{root}: case ids must be usable as file names; these are not: {first_few(unusable)}")
     repeated = sorted(case_id for case_id, count in Counter(case_ids).items() if count > 1)
     if repeated:

@@ -9,6 +9,7 @@ never passed over: it might be the end of a scan.
 from __future__ import annotations
 
 import lzma
+import struct
 import warnings
 import zipfile
 import zlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from tokenseg.errors import ConfigError, FileError
+from tokenseg.files import check_no_device
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
 MAX_MEMBER_BYTES = 1 << 31
 """Largest DICOM file in an archive; an enhanced exam of 500 frames of 512 x 512 takes an eighth."""
 
+MAX_UNPACKED, SMALL_BYTES = 200, 1 << 26
+"""Times its own size that an archive may hold, and what any may; scans are packed to a half, blank ones to less."""
+
 _MARK = b"DICM"
 _MARK_AT = 128
 _DIRECTORY_CLASS = "1.2.840.10008.1.3.10"
 _DEFLATED_SYNTAX = "1.2.840.10008.1.2.1.99"
 _BROKEN_MEMBER = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
-_UNREADABLE_MEMBER = (NotImplementedError, RuntimeError)
-"""What opening a member raises: an unknown compression, a password."""
+_UNREADABLE_MEMBER = (NotImplementedError, RuntimeError, ValueError, struct.error)
+"""What opening a member raises: an unknown compression, a password, a directory that says what cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,7 @@ class DicomFile:
 
     def _stream(self) -> BufferedIOBase:
         if self.archive is None:
+            check_no_device(self.path)
             return self.path.open("rb")
         try:
             return cast("BufferedIOBase", self.archive.open(self.member))
@@ -81,7 +87,7 @@ def find_dicom(root: Path) -> list[DicomFile]:
         FileError: Something cannot be read, is called .dcm and is none, or is cut off within the first 132 bytes.
     """
     if root.is_dir():
-        files = [DicomFile(path) for path in _files_below(root, set())]
+        files = [DicomFile(path) for path in _files_below(root)]
     elif zipfile.is_zipfile(root):
         files = _members(root)
     else:
@@ -167,19 +173,25 @@ def _decode(dataset: Dataset, *, all_elements: bool) -> None:
             pass
 
 
-def _files_below(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    try:
-        if folder.resolve() in visited:
-            return
-        visited.add(folder.resolve())
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise FileError(f"folder {folder} cannot be read: {error.strerror or error}; check its permissions") from error
-    for path in entries:
-        if path.is_dir():
-            yield from _files_below(path, visited)
-        else:
-            yield path
+def _files_below(root: Path) -> Iterator[Path]:
+    visited = set[tuple[int, int]]()
+    # Not by recursion: folders may be nested deeper than Python calls.
+    waiting = [root]
+    while waiting:
+        path = waiting.pop()
+        try:
+            if not path.is_dir():
+                yield path
+                continue
+            facts = path.stat()
+            if (facts.st_dev, facts.st_ino) in visited:
+                continue
+            visited.add((facts.st_dev, facts.st_ino))
+            waiting += sorted((each for each in path.iterdir() if not each.name.startswith(".")), reverse=True)
+        except OSError as error:
+            raise FileError(
+                f"folder {path} cannot be read: {error.strerror or error}; check its permissions"
+            ) from error
 
 
 def _members(archive_path: Path) -> list[DicomFile]:
@@ -193,6 +205,12 @@ def _members(archive_path: Path) -> list[DicomFile]:
     large = [member.filename for member in members if member.file_size >= MAX_MEMBER_BYTES]
     if large:
         raise FileError(f"{archive_path} has a member of 2 GiB or more ({large[0]}); unpack it and give the folder")
+    num_bytes = sum(member.file_size for member in members)
+    if num_bytes > max(SMALL_BYTES, MAX_UNPACKED * archive_path.stat().st_size):
+        raise FileError(
+            f"{archive_path} would be {num_bytes >> 20} MiB unpacked, over {MAX_UNPACKED} times its size; "
+            "unpack it and give the folder"
+        )
     return [DicomFile(archive_path, member.filename, archive) for member in members if not member.is_dir()]
 
 

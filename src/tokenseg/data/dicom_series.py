@@ -157,7 +157,7 @@ def _frames(file: DicomFile, dataset: Dataset) -> Iterator[Frame]:
         size = int(dataset.Rows), int(dataset.Columns)
         if not 1 <= min(size) <= max(size) <= MAX_SIDE:
             raise FileError(f"{file} declares {times(size)} pixels; a slice has at most {MAX_SIDE} a side")
-        if int(dataset.get("SamplesPerPixel") or 1) != 1:
+        if _samples_per_pixel(file, dataset) != 1:
             return  # colours: a screenshot or a rendered picture
         shared, groups = (dataset.get(name) for name in _FUNCTIONAL_GROUPS)
         levels = [[dataset]] if groups is None else [[own, *(shared or ()), dataset] for own in groups]
@@ -172,6 +172,13 @@ def _frames(file: DicomFile, dataset: Dataset) -> Iterator[Frame]:
         raise
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise FileError(f"{file} has values that are none ({error}); export it again") from error
+
+
+def _samples_per_pixel(file: DicomFile, dataset: Dataset) -> int:
+    samples = int(dataset.get("SamplesPerPixel") or 1)
+    if samples not in (1, 3, 4):
+        raise FileError(f"{file} declares {samples} values a pixel; export it again")
+    return samples
 
 
 def _frame(file: DicomFile, number: int, size: tuple[int, int], levels: list[Dataset]) -> Frame:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem
 from tokenseg.errors import DataError
+from tokenseg.files import is_utf8
 
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 2048
 _CHANNEL_STEM = re.compile(r"(?P<case>.+)_(?P<number>[0-9]{4})")
 
 
@@ -55,14 +57,26 @@ def channel_file(path: Path, number: int) -> Path:
     return path.with_name(f"{image_stem(path)}_{number:04d}{image_ending(path)}")
 
 
+def check_path_text(text: str, source: Path) -> None:
+    """Refuse what no system takes for a path.
+
+    Raises:
+        DataError: It holds a zero byte or half a character, or is too long.
+    """
+    parts = [len(part.encode(errors="surrogatepass")) for part in text.split("/")]
+    if not is_utf8(text) or "\0" in text or max(parts) > MAX_NAME_BYTES or sum(parts) > MAX_PATH_BYTES:
+        raise DataError(f"{source} names {text[:100]!r}, which cannot be a path; correct it")
+
+
 def path_inside(root: Path, text: str, source: Path) -> Path:
     """Join a relative path, as a `dataset.json` gives it, to the dataset's folder.
 
     Symbolic links are not followed for the check, since datasets are often assembled from them.
 
     Raises:
-        DataError: The path is absolute or leads out of the folder.
+        DataError: The path is absolute, leads out of the folder, or can be none.
     """
+    check_path_text(text, source)
     relative = Path(os.path.normpath(text))
     if relative.is_absolute() or relative.parts[:1] == ("..",):
         raise DataError(f"{source} names {text!r}, which is outside the dataset folder; use paths relative to it")

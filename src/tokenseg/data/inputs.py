@@ -22,6 +22,7 @@ from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, voxel
 from tokenseg.data.orientation import orientation, shape3
 from tokenseg.data.volume import Mask, Volume, read_grid, read_mask
 from tokenseg.errors import ConfigError, DataError, FileError
+from tokenseg.files import check_no_device
 from tokenseg.shapes import Affine
 
 
@@ -48,6 +49,7 @@ def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
     """
     if not path.exists():
         raise FileError(f"input {path} does not exist; check the path")
+    check_no_device(path)
     if path.is_file() and path.suffix == ".csv":
         return read_case_table(path, plan, series)
     cases = _image_cases(path, plan)

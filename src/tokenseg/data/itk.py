@@ -8,8 +8,11 @@ own voxels, nor more voxels than its file can hold.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +20,21 @@ import numpy as np
 from jaxtyping import Shaped
 
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
-from tokenseg.files import replaced_on_success
-from tokenseg.shapes import LPS_TO_RAS, Affine
+from tokenseg.files import check_no_device, replaced_on_success
+from tokenseg.shapes import LPS_TO_RAS, Affine, times
 
 ITK_ENDINGS = (".nrrd", ".mha", ".mhd")
 
 _HEADER_LIMIT = 1 << 20
 _DEFLATE_LIMIT = 1032
 """No gzip file holds more than so many times its own size."""
+_CHUNK_BYTES = 1 << 24
+_ANY_ZLIB = 47
+"""For zlib: a gzip stream, or one of its own, with a window of any size."""
+_LINE_LIMIT = 512
+"""Bytes of a NRRD field; SimpleITK overruns a buffer on twice as many, and the process dies of it."""
+_MAX_AXES = 4
+"""SimpleITK overruns an array where a MetaImage declares many, and the process dies of it."""
 
 
 class ItkGeometry(NamedTuple):
@@ -107,7 +117,8 @@ def write_values(path: Path, values: Shaped[np.ndarray, "*shape"], geometry: Itk
         raise FileError(f"{path} would be two files, a header and its voxels; name the mask .mha, the same in one file")
     library = _library()
     axes = [2, 1, 0, *range(3, values.ndim)]  # several values a voxel stay last
-    image = library.GetImageFromArray(np.ascontiguousarray(values.transpose(axes)), isVector=values.ndim > 3)
+    ordered = np.ascontiguousarray(values.transpose(axes))
+    image = library.GetImageFromArray(ordered, isVector=values.ndim > 3)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
@@ -116,6 +127,26 @@ def write_values(path: Path, values: Shaped[np.ndarray, "*shape"], geometry: Itk
             library.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
             raise OSError(_reason(error)) from error
+        # SimpleITK says nothing where the disk is full.
+        if not _is_whole(temporary, ordered.data.cast("B")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _is_whole(path: Path, voxels: memoryview) -> bool:
+    """Whether a file that was written, compressed, holds these bytes to the last one of its checksum."""
+    content = path.read_bytes()
+    rest = content.partition(b"\n\n" if path.name.endswith(".nrrd") else b"ElementDataFile = LOCAL\n")[2]
+    stream, done = zlib.decompressobj(_ANY_ZLIB), 0
+    try:
+        while not stream.eof:
+            piece = stream.decompress(rest, _CHUNK_BYTES)
+            rest = stream.unconsumed_tail
+            if (not piece and not stream.eof) or voxels[done : done + len(piece)] != piece:
+                return False
+            done += len(piece)
+    except zlib.error:
+        return False
+    return done == len(voxels)
 
 
 def _library() -> Any:  # noqa: ANN401 - a module
@@ -130,7 +161,7 @@ def _library() -> Any:  # noqa: ANN401 - a module
 
 def _opened(path: Path) -> Any:  # noqa: ANN401 - SimpleITK's reader
     """A reader that has read the header."""
-    num_bytes = _check_text(path)
+    limit_bytes = _check_text(path)
     library = _library()
     reader = library.ImageFileReader()
     reader.SetFileName(str(path))
@@ -139,16 +170,18 @@ def _opened(path: Path) -> Any:  # noqa: ANN401 - SimpleITK's reader
     except RuntimeError as error:
         raise FileError(f"{path} is not a {path.suffix} image ({_reason(error)}); export it again") from error
     declared = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
-    if declared > num_bytes * _DEFLATE_LIMIT:
+    # SimpleITK takes memory for all of them before it reads the first.
+    if declared * _value_bytes(reader) > limit_bytes:
         raise FileError(f"{path} is truncated: its header declares {declared} values; copy or download it again")
     return reader
 
 
 def _check_text(path: Path) -> int:
-    """Size in bytes of the file with the voxels, after a look at the header's text.
+    """The most bytes that the voxels in the file can be, after a look at the header's text.
 
     A header may name another file for the voxels: only that of a .mhd, and only beside it.
     """
+    check_no_device(path)
     try:
         with path.open("rb") as stream:
             start = stream.read(_HEADER_LIMIT)
@@ -156,7 +189,9 @@ def _check_text(path: Path) -> int:
         if not start.startswith(b"NRRD0" if is_nrrd else (b"ObjectType", b"NDims", b"Comment")):
             raise FileError(f"{path} is not a {path.suffix} image, whatever its name says; convert it")
         voxels = _nrrd_file(start, path) if is_nrrd else _meta_file(start, path)
-        return voxels.stat().st_size
+        packed = rb"^encoding:\s*gz" if is_nrrd else rb"^\s*CompressedData\s*[=:]\s*[Tt1]"
+        is_packed = re.search(packed, start, flags=re.MULTILINE | re.IGNORECASE)
+        return voxels.stat().st_size * (_DEFLATE_LIMIT if is_packed else 1)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
 
@@ -165,6 +200,8 @@ def _nrrd_file(start: bytes, path: Path) -> Path:
     header, *rest = re.split(rb"\r?\n\r?\n", start, maxsplit=1)
     if not rest:
         raise FileError(f"{path} has no end of its header within {_HEADER_LIMIT} bytes; export it again")
+    if any(len(line) > _LINE_LIMIT and _is_field(line) for line in header.splitlines()):
+        raise FileError(f"{path} has a line of more than {_LINE_LIMIT} bytes in its header; export it again")
     fields = dict(line.lower().split(b":", 1) for line in header.splitlines()[1:] if b":" in line and line[:1] != b"#")
     if {b"data file", b"datafile"} & set(fields):
         raise FileError(f"{path} has its voxels in another file; save it as one .nrrd file")
@@ -177,7 +214,16 @@ def _nrrd_file(start: bytes, path: Path) -> Path:
     return path
 
 
+def _is_field(line: bytes) -> bool:
+    """Whether a line of a NRRD header is neither a comment nor a key with a value of somebody's own."""
+    key, is_own, _ = line.partition(b":=")
+    return not line.startswith(b"#") and (not is_own or b": " in key)
+
+
 def _meta_file(start: bytes, path: Path) -> Path:
+    axes = re.findall(rb"NDims\s*[=:]\s*(\S*)", start)
+    if any(not re.fullmatch(rb"[0-9]", count) or int(count) > _MAX_AXES for count in axes):
+        raise FileError(f"{path} declares a number of axes (NDims) that is not 1 to {_MAX_AXES}; export it again")
     named = re.findall(rb"^\s*ElementDataFile\s*[=:](.*)$", start, flags=re.MULTILINE)
     if len(named) != 1:
         raise FileError(f"{path} names {len(named)} files for its voxels (ElementDataFile), not 1; export it again")
@@ -185,10 +231,21 @@ def _meta_file(start: bytes, path: Path) -> Path:
     if name.upper() == "LOCAL":
         return path
     beside = path.with_name(Path(name).name) if Path(name).name else path
-    is_beside = name == beside.name and "\\" not in name and beside.resolve().parent == path.resolve().parent
-    if path.name.endswith(".mhd") and is_beside:
+    is_beside = name == beside.name and "\\" not in name and _real_folder(beside) == _real_folder(path)
+    # A list, or a pattern, would name files of its own.
+    is_several = name.upper().startswith("LIST") or "%" in name
+    if path.name.endswith(".mhd") and is_beside and not is_several:
         return beside
     raise FileError(f"{path} has its voxels in {name!r}; save it as one .mha file, or as a .mhd beside its data")
+
+
+def _real_folder(path: Path) -> str:
+    return os.path.dirname(os.path.realpath(path))  # noqa: PTH120 - Path.resolve raises where links make a loop
+
+
+def _value_bytes(reader: Any) -> int:  # noqa: ANN401
+    bits = re.search("([0-9]+)-bit", _library().GetPixelIDValueAsString(reader.GetPixelID()))
+    return int(bits[1]) // 8 if bits else 1
 
 
 def _header(reader: Any, path: Path) -> ItkHeader:  # noqa: ANN401
@@ -208,6 +265,8 @@ def _header(reader: Any, path: Path) -> ItkHeader:  # noqa: ANN401
     if dimension < 3:
         raise GeometryError(f"{path} is flat; expected is a 3D image")
     spacing, origin = reader.GetSpacing()[:3], reader.GetOrigin()[:3]
+    if min(spacing) <= 0:  # SimpleITK reads it, and would not write it
+        raise GeometryError(f"{path}: spacing is {times(spacing)} mm, must be positive; correct it in its header")
     return ItkHeader(shape, ItkGeometry(spacing, origin, tuple(float(value) for value in direction.ravel())))
 
 

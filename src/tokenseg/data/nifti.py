@@ -26,7 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
 from tokenseg.errors import DataError, FileError, GeometryError
-from tokenseg.files import replaced_on_success
+from tokenseg.files import check_no_device, replaced_on_success
 from tokenseg.shapes import Affine
 
 _GEOMETRY_FIELDS = (
@@ -35,6 +35,8 @@ _GEOMETRY_FIELDS = (
 )
 _UNITS_NOT_MM = {1: "metres", 3: "micrometres"}
 _CHUNK_BYTES = 1 << 24
+_ASIDE_BYTES = 1 << 28
+"""Most that may stand before and behind the voxels; a gzip file of zeros holds a thousand times its size of it."""
 # nibabel would print on stderr what it mends in a header. Not registered with `logging`, so nothing global changes.
 _SILENT = logging.Logger("nifti", level=logging.CRITICAL + 1)  # noqa: LOG001
 
@@ -103,10 +105,12 @@ def _read_stored(path: Path) -> tuple[NiftiHeader, Shaped[np.ndarray, "*shape"],
     with _opened(path) as stream:
         header = _parse_header(stream, path)
         dtype = _real_dtype(header.raw, path)
-        _read_exactly(stream, int(header.raw["vox_offset"]) - int(header.raw["sizeof_hdr"]))
+        _skip(stream, int(header.raw["vox_offset"]) - int(header.raw["sizeof_hdr"]), path)
         content = _read_exactly(stream, math.prod(header.shape) * dtype.itemsize)
-        while stream.read(_CHUNK_BYTES):  # to the end, where gzip has its checksum
-            pass
+        behind = 0
+        while piece := stream.read(_CHUNK_BYTES):  # to the end, where gzip has its checksum
+            behind += len(piece)
+            _check_aside(behind, path)
     stored = np.frombuffer(content, dtype).reshape(header.shape, order="F")
     slope, inter = header.raw.get_slope_inter()
     return header, stored, None if slope is None or (slope, inter) == (1, 0) else (slope, inter)
@@ -141,6 +145,7 @@ def header_of_affine(affine: Affine, spacing_mm: tuple[float, float, float]) -> 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedIOBase]:
     """Open a file, un-gzipped; all that a broken file can raise while it is read becomes a FileError."""
+    check_no_device(path)
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
             yield stream
@@ -163,6 +168,19 @@ def _read_exactly(stream: BufferedIOBase, count: int) -> bytearray:
             raise EOFError
         content += piece
     return content
+
+
+def _skip(stream: BufferedIOBase, count: int, path: Path) -> None:
+    """Pass over what stands between header and voxels, in pieces as `_read_exactly` does."""
+    skipped = 0
+    while skipped < count:
+        skipped += len(_read_exactly(stream, min(_CHUNK_BYTES, count - skipped)))
+        _check_aside(skipped, path)
+
+
+def _check_aside(num_bytes: int, path: Path) -> None:
+    if num_bytes > _ASIDE_BYTES:
+        raise FileError(f"{path} holds over {_ASIDE_BYTES >> 20} MiB that are no voxels; convert it again")
 
 
 def _parse_header(stream: BufferedIOBase, path: Path) -> NiftiHeader:

@@ -23,7 +23,7 @@ from tokenseg.data.cases import (
     first_few,
 )
 from tokenseg.data.channel_names import is_ct
-from tokenseg.data.folders import group_channels, image_files, name_channels
+from tokenseg.data.folders import check_path_text, group_channels, image_files, name_channels
 from tokenseg.data.formats import IMAGE_ENDINGS, image_stem
 from tokenseg.data.manifest import Manifest, parse_manifest, read_json
 from tokenseg.errors import DataError
@@ -146,7 +146,9 @@ def _with_ending(folder: Path, manifest: _NnunetManifest) -> list[Path]:
 
 def _explicit(root: Path, text: str) -> Path:
     # Explicit paths exist in this format so that files may lie elsewhere; the format expands variables in them.
-    return root / os.path.expandvars(text)
+    expanded = os.path.expandvars(text)
+    check_path_text(expanded, root / "dataset.json")
+    return root / expanded
 
 
 def _checked_channels(case_id: str, files: Mapping[int, Path], channels: tuple[str, ...]) -> tuple[Path, ...]:

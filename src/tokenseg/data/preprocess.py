@@ -27,6 +27,8 @@ from tokenseg.shapes import ImageArray, times
 
 MAX_GRID_VOXELS = 2**31
 """Largest volume that is prepared; beyond it a wrong spacing is the likely cause."""
+MAX_GROWTH, SMALL_VOXELS = 1000, 2**24
+"""Voxels that are prepared of one of the scan, at most; small volumes may have more."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ def grid_shape(crop_shape: Sequence[int], spacing_mm: tuple[float, float, float]
     """
     sizes = zip(crop_shape, spacing_mm, plan.spacing_mm, strict=True)
     shape = shape3(max(1, int(size * own / target + 0.5)) for size, own, target in sizes)
-    if math.prod(shape) > MAX_GRID_VOXELS:
+    if math.prod(shape) > min(MAX_GRID_VOXELS, max(MAX_GROWTH * math.prod(crop_shape), SMALL_VOXELS)):
         raise GeometryError(
             f"scan has voxels of {times(spacing_mm)} mm and would be {times(shape)} voxels at the plan's "
             f"{times(plan.spacing_mm)} mm; correct the spacing in its header, or choose a coarser spacing_mm"

@@ -25,6 +25,8 @@ from tokenseg.shapes import Affine, ImageArray, MaskArray, times
 POSITION_TOLERANCE_MM = 1e-3
 SPACING_TOLERANCE_MM = 1e-3
 DIRECTION_TOLERANCE = 1e-4
+SPACINGS_MM = (1e-6, 1e6)
+"""Beyond them a header is damaged, and what is computed of it may overflow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,6 +298,8 @@ def _check_affine(affine: Affine, name: str) -> None:
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or (affine[3] != (0, 0, 0, 1)).any():
         raise GeometryError(f"{name}: affine must be 4 x 4, finite, with last row 0 0 0 1, not {affine.tolist()}")
     spacing = np.asarray(_spacing_mm(affine))
+    if spacing.max() > SPACINGS_MM[1] or 0 < spacing.min() < SPACINGS_MM[0]:
+        raise GeometryError(f"{name}: spacing is {times(spacing)} mm; correct it in its header")
     if (spacing <= 0).any() or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
         raise GeometryError(f"{name}: affine {affine.tolist()} cannot be inverted; set qform or sform of its header")
 

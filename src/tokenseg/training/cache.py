@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
@@ -30,6 +31,8 @@ from tokenseg.progress import Progress
 from tokenseg.shapes import ImageArray
 
 POINTS_PER_LABEL = 2000
+_DAMAGED = (OSError, ValueError, OverflowError, TypeError, AttributeError, EOFError, TokenError)
+"""What numpy raises of damaged files, and what asking an archive of arrays for its shape does."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,14 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _open(case_id: str, folder: Path) -> PreparedCase:
+    names = ("image", "labels", "points")
     try:
-        image, labels, points = (
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("image", "labels", "points")
-        )
-    except (OSError, ValueError) as error:
+        with np.errstate(over="ignore"):  # of sizes in a damaged header
+            image, labels, points = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names)
+        if image.shape[1:] != labels.shape[1:] or (image.ndim, labels.ndim, points.shape[1:]) != (4, 4, (4,)):
+            raise ValueError("its arrays do not fit together")
+        if (image.dtype, labels.dtype, points.dtype) != (np.float32, np.uint8, np.int32):
+            raise ValueError("its arrays have other types")
+    except _DAMAGED as error:
         raise FileError(f"prepared case {folder} is damaged: {error}; delete this folder and resume") from error
     return PreparedCase(case_id, image, labels, points)

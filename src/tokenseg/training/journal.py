@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import os
+import re
 from pathlib import Path
 
 from tokenseg.errors import FileError
@@ -51,7 +54,9 @@ class Journal:
             FileError: The disk is full.
         """
         try:
-            self._file.write(_lines([{key: _text(value) for key, value in row.items()}]))
+            line = _lines([{key: _text(value) for key, value in row.items()}])
+            if self._file.write(line) < len(line):  # what no longer fits is left out without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise FileError(f"cannot write {self._file.name}: {error.strerror or error}") from error
 
@@ -64,18 +69,22 @@ def read_journal(path: Path) -> list[dict[str, str]]:
     """Read complete rows of `log.csv`; a row that a kill cut short is left out.
 
     Raises:
-        FileError: The file cannot be read, or is not text.
+        FileError: The file cannot be read, or is no log.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"log {path} cannot be read: {error}; move it away and resume") from error
     complete = text[: text.rfind("\n") + 1]
-    return [
-        row
-        for row in csv.DictReader(io.StringIO(complete))
-        if row.get("step", "").isdecimal() and None not in row.values() and None not in row
-    ]
+    reader = csv.DictReader(io.StringIO(complete))
+    try:
+        strange = sorted(set(reader.fieldnames or ()) - set(COLUMNS))
+        rows = [row for row in reader if None not in row.values() and None not in row]
+    except csv.Error as error:
+        raise FileError(f"log {path} is damaged: {error}; move it away and resume") from error
+    if strange and "step" in (reader.fieldnames or ()):  # else it is no log of ours at all
+        raise FileError(f"log {path} is damaged: it has a column {strange[0][:40]!r}; move it away and resume")
+    return [row for row in rows if re.fullmatch("[0-9]{1,18}", row.get("step", ""))]
 
 
 def _lines(rows: list[dict[str, str]]) -> bytes:
