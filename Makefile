@@ -3,7 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts wheel
+.PHONY: help setup demo test long lint types contracts wheel
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -23,15 +23,21 @@ demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about 
 # In one process with all others, the second of these ends in a segmentation fault where its last test starts a child
 # process, each time; the two alone together do not. Why is not known yet.
 APART := tests/test_engine.py tests/test_pack_builtin.py
+# These fork, which is safe only where no other test has started threads.
+FORKING := tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py
 
 # Several steps, since the data of all processes must be joined before the floor of 90 % (pyproject.toml) is checked.
 test: $(READY)  ## Run the tests with branch coverage and its floor
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(filter-out $(APART),$(wildcard tests/test_*.py))
+	$(BIN)/python -m coverage run -m pytest $(filter-out $(APART) $(FORKING),$(wildcard tests/test_*.py))
+	$(BIN)/python -m coverage run -m pytest -m "not long" $(FORKING)
 	$(BIN)/python -m coverage run -m pytest tests/test_engine.py
 	$(BIN)/python -m coverage run -m pytest tests/test_pack_builtin.py
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+
+long: $(READY)  ## Run the tests that take minutes: thousands of damaged files, commands killed often
+	$(BIN)/python -m pytest -m long $(FORKING)
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check
