@@ -14,7 +14,7 @@ import torch
 import tokenseg
 import tokenseg.checkpoint
 import tokenseg.cohort
-import tokenseg.segment
+import tokenseg.predict
 from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
 from tokenseg.cli import main
@@ -348,7 +348,7 @@ def test_interrupts_end_with_130_and_a_hint(dataset, model, tmp_path, capsys, mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenseg.segment, "predict_steered", interrupt)
+    monkeypatch.setattr(tokenseg.predict, "choose_route", interrupt)
     monkeypatch.setattr(tokenseg.train, "open_dataset", interrupt)
     monkeypatch.setattr(tokenseg.cohort, "make_exam", interrupt)
     if command == "cohort":

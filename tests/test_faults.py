@@ -22,6 +22,7 @@ from tokenseg.config import TrainOptions
 from tokenseg.data.volume import read_mask
 from tokenseg.errors import TokenSegError
 from tokenseg.files import remove_leftovers
+from tokenseg.privacy import shown_name
 from tokenseg.progress import Silent
 from tokenseg.segment import segment_files
 from tokenseg.train import train
@@ -121,9 +122,10 @@ def masks_in(folder: Path) -> dict[str, str]:
 
 def check_statuses(folder: Path) -> None:
     """A mask that is said to be done is there, as it is said, unless a later call has begun it anew."""
+    masks = {shown_name(path.name.split(".")[0], show_names=False) for path in folder.glob("scan*.nii.gz")}
     for line in (folder / "status.jsonl").read_text().splitlines():
         if line.endswith("}"):
-            assert (folder / json.loads(line)["mask"]).is_file()
+            assert json.loads(line)["case"] in masks
 
 
 def kill_segmenting(server: Server, place: Path, segmented: tuple[Path, Path, float], work: Path, kills: int) -> None:
