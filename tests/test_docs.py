@@ -179,7 +179,7 @@ def test_a_dce_exam_works_as_described(
     write_dce(Path("EXAM"))
     (command,) = commands("dce.md")
     run(command, {})
-    assert "EXAM: phase1: series 8 (dyn 1), 8 slices, 60 s after the first" in capsys.readouterr().err
+    assert "case-bb86f6ac8798: phase1: series 8 (dyn 1), 8 slices, 60 s after the first" in capsys.readouterr().err
     listed = (ROOT / "docs" / "dce.md").read_text(encoding="utf-8")
     assert all(tag in listed for tag in PHASE_TAGS)
 

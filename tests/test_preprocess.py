@@ -266,7 +266,7 @@ def test_image_and_labels_stay_together_when_resampled():
     assert prepared.record.crop_shape != prepared.record.canonical_shape
     clear = np.abs(prepared.image[0] - 0.5) > 1e-6  # a tie may fall either way by rounding
     np.testing.assert_array_equal((prepared.image[0] > 0.5)[clear], (maps[0] == 1)[clear])
-    assert clear.mean() > 0.99
+    assert clear.mean() > 0.95
     assert dice(restore_labels(maps, prepared.record, plan) == 1, solid) > 0.9
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy.stats import spearmanr
 
 from phantoms import write_msd
 from tokenseg.benchmark.frontier import read_dice
@@ -55,6 +56,9 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tables.fill(README) == README
     cohort = (ROOT / "docs" / "synthetic-cohort.md").read_text(encoding="utf-8")
     assert tables.fill(cohort) == cohort
+    memory = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert tables.fill(memory) == memory
+    assert all(float(row["peak_gb"]) < float(row["limit"].removesuffix("GB")) for row in tables.rows_of("memory.csv"))
     measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert tables.fill(measurements) == measurements
     for table in (tables.earlier_table, tables.equal_steps_table, tables.steering_table):
@@ -132,3 +136,15 @@ def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
     for what, column in (("the time falls", "median_ms"), ("memory falls", "peak_mib")):
         nnunet, unet = (tables.reduction(column, name) for name in ("nnunet-plainconv", "monai-unet"))
         assert f"{what} by {nnunet} against nnU-Net's network and by {unet} against `UNet` (fp32)" in claims
+
+
+def test_what_is_said_of_quality_signals_comes_from_the_rows() -> None:
+    with (ROOT / "benchmarks" / "quality.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    for name, said in re.findall(r"(-?0\.\d\d) for `(\w+)`", page):
+        found = spearmanr([float(row["dice"]) for row in rows], [float(row[said]) for row in rows]).statistic
+        assert f"{found:.2f}" == name
+    dice = [float(row["dice"]) for row in rows]
+    assert f"{len(rows)} validation cases" in " ".join(page.split())
+    assert f"between {min(dice):.2f} and {max(dice):.2f}" in " ".join(page.split())

@@ -23,6 +23,7 @@ from tokenseg.data.orientation import to_canonical
 from tokenseg.data.preprocess import GridRecord
 from tokenseg.evaluate import Evaluation, evaluate_folders
 from tokenseg.outputs import CaseResult
+from tokenseg.quality import CaseQuality
 from tokenseg.report.cases import evaluation_views, segmentation_views, select_cases, token_boxes
 from tokenseg.report.viewer import CaseView, TokenBoxes, pack_case, viewer_section
 
@@ -238,13 +239,18 @@ def test_oblique_scan_is_noted(tmp_path):
     assert view.notes == ("The scan is oblique by 20 degrees; letters name the nearest directions.",)
 
 
-def test_segmented_cases_are_sorted_by_volume(tmp_path):
+def unsure(entropy: float) -> CaseQuality:
+    nothing = {"near_boundary": None, "expected_dice": None, "cell_entropy": (), "labels": {}, "temperature": 1}
+    return CaseQuality(case="hidden", entropy=entropy, flags=(), calibrated=False, **nothing)
+
+
+def test_segmented_cases_come_least_sure_first(tmp_path):
     cases, results = [], []
     for number in range(14):
         path = write_nifti(tmp_path / f"c{number:02d}.nii.gz", np.random.default_rng(number).random(SHAPE, np.float32))
         cases.append(Case(f"c{number:02d}", f"c{number:02d}", (path,)))
         mask = write_nifti(tmp_path / "masks" / path.name, cube(1, 1, 1).astype(np.uint8))
-        results.append(CaseResult(f"c{number:02d}", mask, {"l0": float(number)}))
+        results.append(CaseResult(f"c{number:02d}", mask, {"l0": float(number)}, quality=unsure(number / 20)))
     results[13] = CaseResult("c13", None, {}, "broken")
     views = segmentation_views(results, cases, make_plan())
     assert [view.case_id for view in views] == [f"c{number:02d}" for number in range(12, 0, -1)]

@@ -20,6 +20,7 @@ from tokenseg.data.inputs import list_inputs
 from tokenseg.data.volume import Volume, read_mask, read_volume
 from tokenseg.errors import ConfigError, DataError, FileError, ModelError, TokenSegError
 from tokenseg.predict import segment_volume
+from tokenseg.privacy import shown_name
 from tokenseg.segment import segment_files
 from toy_models import (
     Toy,
@@ -255,7 +256,10 @@ def test_a_folder_becomes_a_folder_with_each_ending_kept(toy, tmp_path):
         *("scan1_qc.json", "status.jsonl", "summary.csv"),
     ]
     assert [result.case_id for result in results] == ["last", "scan0", "scan1"]
-    assert recorder.lines == ["segmenting 3", "last", "scan0", "scan1"]
+    assert recorder.lines == [
+        "segmenting 3",
+        *(shown_name(name, show_names=False) for name in ("last", "scan0", "scan1")),
+    ]
     np.testing.assert_array_equal(
         read_mask(tmp_path / "out" / "last.nii").array, np.array([0, 7, 255])[sphere((20, 18, 16), 8)]
     )
@@ -535,5 +539,5 @@ def test_each_stage_is_timed(tmp_path, capsys):
     assert main(["segment", str(scans), str(tmp_path / "out"), "--model", str(model), "--profile"]) == 1
     lines = capsys.readouterr().out.splitlines()
     table = lines[lines.index(f"{'stage':<16}{'mean s':>9}{'share':>8}") + 1 : -1]
-    assert [line[:16].strip() for line in table] == ["load", "resample", "network", "resample back", "save"]
+    assert [line[:16].strip() for line in table] == ["load", "resample", "network", "resample back", "quality", "save"]
     assert sum(int(line.split()[-1].rstrip("%")) for line in table) == pytest.approx(100, abs=3)

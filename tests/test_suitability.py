@@ -13,6 +13,7 @@ from tokenseg.data.datasets import load_case, open_dataset
 from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
 from tokenseg.data.suitability import ChannelRange, InputFacts, check_input, describe_inputs, summarise_inputs
 from tokenseg.data.volume import Volume, read_volume
+from tokenseg.privacy import shown_name
 from tokenseg.segment import segment_files
 from toy_models import as_stored, untrained
 
@@ -205,7 +206,7 @@ def test_segment_tells_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [result.warnings for result in results] == [(warning,), ()]
     assert all(result.mask is not None for result in results)
     assert capsys.readouterr() == ("", "")
-    for name, told in (("model", [f"warning: far: {warning}"]), ("silent", [])):
+    for name, told in (("model", [f"warning: {shown_name('far', show_names=False)}: {warning}"]), ("silent", [])):
         arguments = [
             str(tmp_path / "in"),
             str(tmp_path / f"{name}-masks"),

@@ -10,13 +10,14 @@ unsure; an error of which it is sure does not show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from scipy.ndimage import find_objects, label
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from tokenseg.checkpoint import ModelFacts, QualityFacts
 from tokenseg.config import Plan, Settings
 from tokenseg.data.preprocess import GridRecord
-from tokenseg.data.restore import painted_values
+from tokenseg.data.restore import box_of, painted_values
 from tokenseg.shapes import MaskArray
 
 UNSURE = (0.1, 0.9)
@@ -87,41 +88,52 @@ class QualityMeter:
     def add(self, number: int, row: Float[Tensor, "L b c"], first: int) -> None:
         """Count a row, or a stretch of it that begins at voxel `first` of the second axis."""
         logits = row / self._temperature
+        box = box_of(self._suspected(logits).numpy())
+        if box is None:  # sure background takes most of a scan, and no time
+            return
+        logits = logits[:, box[0], box[1]]
         if self._regions:
-            found = (logits > 0).float()
-            probability = logits.sigmoid()
+            probability, found = logits.sigmoid(), logits > 0
             foreground = probability.amax(dim=0)
             unsure = foreground.clamp(1e-7, 1 - 1e-7)
             entropy = -(unsure * unsure.log() + (1 - unsure) * (1 - unsure).log())
         else:
-            # Sure background takes most of a scan, and no time.
-            if not bool((logits[1:].amax(dim=0) - logits[0]).amax() > np.log(CANDIDATE / 2)):
-                return
             logs = logits.log_softmax(dim=0)
-            winner = logits.argmax(dim=0)
-            probability = logs[1:].exp()
-            found = torch.stack([(winner == n).float() for n in range(1, len(logits))])
-            foreground = (1 - logs[0].exp()).clamp(0, 1)
-            entropy = -(logs.exp() * logs).sum(dim=0)
+            every = logs.exp()
+            probability, foreground = every[1:], (1 - every[0]).clamp(0, 1)
+            found = logits.argmax(dim=0) == torch.arange(1, len(logits))[:, None, None]
+            entropy = -(every * logs).sum(dim=0)
+        candidate = foreground >= CANDIDATE
+        probability = probability * candidate
         self._probability += _sums(probability)
         self._mask += _sums(found)
         self._both += _sums(probability * found)
+        foreground = foreground * candidate
         low, high = UNSURE
         self._foreground += float(foreground.sum(dtype=torch.float64))
         self._unsure += float((foreground * ((foreground > low) & (foreground < high))).sum(dtype=torch.float64))
-        candidate = (foreground >= CANDIDATE).double()
-        self._add_cells(number, first, entropy.double() * candidate, candidate)
+        self._add_cells(number, first, box, (entropy * candidate).double(), candidate.double())
+
+    def _suspected(self, logits: Float[Tensor, "L b c"]) -> Bool[Tensor, "b c"]:
+        """Voxels that are candidates, and a few more: cheap to tell."""
+        if self._regions:
+            return logits.amax(dim=0) >= math.log(CANDIDATE)
+        return logits[1:].amax(dim=0) - logits[0] >= math.log(CANDIDATE / (len(logits) - 1))
 
     def _add_cells(
-        self, number: int, first: int, entropy: Float[Tensor, "b c"], candidate: Float[Tensor, "b c"]
+        self,
+        number: int,
+        first: int,
+        box: tuple[slice, slice],
+        entropy: Float[Tensor, "b c"],
+        candidate: Float[Tensor, "b c"],
     ) -> None:
         along, across, deep = self._cell_of
         shape = self._entropy.shape[1:]
+        b, c = across[first + box[0].start : first + box[0].stop], deep[box[1]]
         for sums, values in ((self._entropy, entropy), (self._candidates, candidate)):
-            rows = torch.zeros(shape[0], values.shape[1], dtype=torch.float64)
-            rows.index_add_(0, across[first : first + len(values)], values)
-            cells = torch.zeros(shape, dtype=torch.float64)
-            cells.index_add_(1, deep, rows)
+            rows = torch.zeros(shape[0], values.shape[1], dtype=torch.float64).index_add_(0, b, values)
+            cells = torch.zeros(shape, dtype=torch.float64).index_add_(1, c, rows)
             sums[int(along[number])] += cells.numpy()
 
     def quality(
@@ -177,7 +189,7 @@ def read_quality(path: Path) -> CaseQuality | None:
         return None
 
 
-def _sums(maps: Float[Tensor, "labels b c"]) -> Float[np.ndarray, " labels"]:
+def _sums(maps: Shaped[Tensor, "labels b c"]) -> Float[np.ndarray, " labels"]:
     sums: Float[np.ndarray, " labels"] = maps.sum(dim=(1, 2), dtype=torch.float64).numpy()
     return sums
 

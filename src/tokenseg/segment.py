@@ -129,16 +129,18 @@ def segment_cases(
     # A thread reads ahead and another writes behind; results are taken in the order of the cases.
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         written: list[tuple[int, Future[tuple[CaseResult, CaseStatus]]]] = []
-        for number, begun in _one_ahead(_begin(cohort, cases, reader)):
-            if isinstance(begun, CaseResult):
+        try:
+            for number, begun in _one_ahead(_begin(cohort, cases, reader)):
+                if isinstance(begun, CaseResult):
+                    _take(written, finish)
+                    finish(number, begun, None)
+                    continue
+                work = begun()
+                compute_mask(work, models, progress)
                 _take(written, finish)
-                finish(number, begun, None)
-                continue
-            work = begun()
-            compute_mask(work, models, progress)
-            _take(written, finish)
-            written.append((number, writer.submit(write_case, work, models)))
-        _take(written, finish)
+                written.append((number, writer.submit(write_case, work, models)))
+        finally:
+            _take(written, finish)  # also where somebody interrupts
     return results
 
 

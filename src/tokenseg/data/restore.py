@@ -133,7 +133,7 @@ def _paint(
     """Paint one plane of the scan where any foreground can be: between voxels that have some."""
     # Interpolated values lie between those that they come from, also when rounded: no foreground is missed.
     found = logits > 0 if plan.regions else logits[1:] > logits[:1]
-    box = _box(found.any(dim=0).numpy())
+    box = box_of(found.any(dim=0).numpy())
     if box is None:
         return
     touched = [slice(*axis.touching(side.start, side.stop)) for axis, side in zip(across, box, strict=True)]
@@ -145,7 +145,8 @@ def _paint(
     plane[tuple(touched)] = painted.numpy()
 
 
-def _box(found: Bool[np.ndarray, "b c"]) -> tuple[slice, slice] | None:
+def box_of(found: Bool[np.ndarray, "b c"]) -> tuple[slice, slice] | None:
+    """The rectangle around all that is true; None where nothing is."""
     if not found.any():
         return None
     first, second = (np.flatnonzero(found.any(axis=axis)) for axis in (1, 0))
