@@ -1,11 +1,12 @@
 """Memory and time of `tokenseg segment` on large scans, as seen from outside, into memory.csv.
 
-    python benchmarks/memory.py [--scans 256x256x160 ...] [--labels 2 5] [--limit 4GB] [--csv FILE]
+    python benchmarks/memory.py [--scans 256x256x160 ...] [--labels 2 5] [--limit 4GB] [--plan-mm 1] [--csv FILE]
 
-A scan is int16 noise in an uncompressed NIfTI file on the grid of the plan, so that nothing is won by resampling; the
-model is an untrained `small` with windows of 128 voxels, as planned for large scans. It is segmented in a process of
-its own. `peak_gb` is the highest resident size that the system counted, libraries included; `estimate_gb` and `slabs`
-are what the program printed before it began.
+A scan is int16 noise with voxels of 1 mm in an uncompressed NIfTI file; with a plan of 1 mm nothing is won by
+resampling. The model is an untrained `small` with windows of 128 voxels, as planned for large scans; all of its answer
+is foreground, which takes the most time there can be. The scan is segmented in a process of its own. `peak_gb` is the
+highest resident size that the system counted, libraries included; `estimate_gb` and `slabs` are what the program
+printed before it began.
 """
 
 from __future__ import annotations
@@ -30,7 +31,20 @@ from tokenseg.config import PRESETS, Label
 from tokenseg.model.network import TokenSeg
 from tokenseg.provenance import commit, manifest
 
-COLUMNS = ("date", "commit", "scan", "labels", "limit", "threads", "slabs", "estimate_gb", "peak_gb", "seconds", "cpu")
+COLUMNS = (
+    "date",
+    "commit",
+    "scan",
+    "plan_mm",
+    "labels",
+    "limit",
+    "threads",
+    "slabs",
+    "estimate_gb",
+    "peak_gb",
+    "seconds",
+    "cpu",
+)
 MEASURE = """
 import resource, subprocess, sys
 done = subprocess.run(sys.argv[1:], capture_output=True, text=True)
@@ -46,6 +60,7 @@ def main() -> None:
     parser.add_argument("--scans", nargs="+", default=["256x256x160", "512x512x1000", "1024x1024x1024"])
     parser.add_argument("--labels", nargs="+", type=int, default=[2, 5])
     parser.add_argument("--limit", default="")
+    parser.add_argument("--plan-mm", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "memory.csv")
     arguments = parser.parse_args()
@@ -54,9 +69,9 @@ def main() -> None:
             folder = Path(name)
             _write_scan(folder / "scan.nii", tuple(int(size) for size in scan.split("x")))
             for num_labels in arguments.labels:
-                _save_model(folder / f"model{num_labels}", num_labels)
+                _save_model(folder / f"model{num_labels}", num_labels, arguments.plan_mm)
                 row = _measure(folder, num_labels, arguments.limit, arguments.threads)
-                _append(arguments.csv, {"scan": scan, "labels": num_labels, **row})
+                _append(arguments.csv, {"scan": scan, "plan_mm": f"{arguments.plan_mm:g}", "labels": num_labels, **row})
 
 
 def _write_scan(path: Path, shape: tuple[int, ...]) -> None:
@@ -65,10 +80,11 @@ def _write_scan(path: Path, shape: tuple[int, ...]) -> None:
     nib.save(nib.Nifti1Image(scan, np.eye(4)), path)
 
 
-def _save_model(folder: Path, num_labels: int) -> None:
+def _save_model(folder: Path, num_labels: int, plan_mm: float) -> None:
     labels = tuple(Label(name=f"label{n}", values=(n,), output_value=n) for n in range(1, num_labels + 1))
     size = (128, 128, 128)
-    plan = make_plan(size).model_copy(update={"labels": labels, "window_vox": size, "whole_limit_vox": size})
+    changes = {"labels": labels, "window_vox": size, "whole_limit_vox": size, "spacing_mm": (plan_mm,) * 3}
+    plan = make_plan(size).model_copy(update=changes)
     torch.manual_seed(0)
     save_model(
         folder,

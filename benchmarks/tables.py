@@ -115,11 +115,11 @@ def steering_table() -> str:
 
 def memory_table() -> str:
     """Highest memory of whole scans beside the limit that was given, the newest row of each."""
-    newest = {(row["scan"], int(row["labels"])): row for row in rows_of("memory.csv")}
-    lines = ["| scan, int16 | labels | highest memory | limit |", "| --- | --- | --- | --- |"]
+    newest = {(row["scan"], row["plan_mm"], int(row["labels"])): row for row in rows_of("memory.csv")}
+    lines = ["| scan of 1 mm, int16 | plan | labels | highest memory | limit |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {scan.replace('x', ' x ')} | {labels} | {row['peak_gb']} GB | {row['limit'].removesuffix('GB')} GB |"
-        for (scan, labels), row in sorted(newest.items(), key=lambda each: (_voxels(each[0][0]), each[0][1]))
+        f"| {scan.replace('x', ' x ')} | {plan_mm} mm | {labels} | {row['peak_gb']} GB | {row['limit'][:-2]} GB |"
+        for (scan, plan_mm, labels), row in sorted(newest.items(), key=lambda each: (_voxels(each[0][0]), each[0][1:]))
     ]
     return "\n".join(lines)
 
