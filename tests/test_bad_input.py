@@ -27,6 +27,7 @@ from tokenseg.cli import main
 from tokenseg.config import PRESETS, build_run_config, read_overrides
 from tokenseg.data.datasets import list_dataset_images, open_dataset
 from tokenseg.errors import TokenSegError
+from tokenseg.privacy import shown_name
 from tokenseg.segment import segment_files
 from toy_models import as_stored, constant, save_untrained, toy_model
 
@@ -205,7 +206,8 @@ def test_wrong_names_of_channels(refused, two_channel_model, tmp_path, capsys):
     assert code == 1
     errors = capsys.readouterr().err.splitlines()[-2:]
     for index, error in enumerate(errors):
-        assert error.startswith(f"error: case_00{index}: model expects FLAIR, t1gd; case_00{index} has FLAIR")
+        name = shown_name(f"case_00{index}", show_names=False)
+        assert error.startswith(f"error: {name}: model expects FLAIR, t1gd; {name} has FLAIR ({name}_0000.nii.gz)")
         assert "t1gd is missing" in error
 
 
@@ -214,7 +216,8 @@ def test_channels_on_different_grids(refused, two_channel_model, tmp_path, capsy
     write_nifti(tmp_path / "in" / "patient_0001.nii.gz", phantom(0, shape=SMALL)[0][0], spacing_mm=(1, 1, 1.1))
     assert main(["segment", str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(two_channel_model)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "patient_0000.nii.gz and " in error
+    name = shown_name("patient", show_names=False)
+    assert f"{name}_0000.nii.gz and {name}_0001.nii.gz are not on one grid" in error
     assert "differ in spacing by 0.1 mm, allowed 0.001. Resample one to the grid of the other" in error
 
 

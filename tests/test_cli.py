@@ -82,7 +82,7 @@ def test_train_segment_evaluate_info(dataset, tmp_path, capsys):
         f"7 of 7 cases segmented; {out / 'summary.csv'}",
         "Research software: not a medical device.",
     ]
-    assert "segmenting 7/7 case_006" in printed.err
+    assert f"segmenting 7/7 {shown_name('case_006', show_names=False)}" in printed.err
 
     assert main(["evaluate", str(out), str(dataset)]) == 0
     assert "note: 1 prediction(s) without a reference are not scored: case_006" in capsys.readouterr().err

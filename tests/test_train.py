@@ -208,7 +208,7 @@ def test_the_result_is_the_score_of_the_held_out_cases(dataset: Path, options: T
     mask = nib.load(tmp_path / "run" / "validation" / f"{held_out[0]}.nii.gz")
     assert mask.shape == SHAPE
     # What happened, in order.
-    assert [stage[0] for stage in told.stages] == ["reading", "preparing", "training", "segmenting"]
+    assert [stage[0] for stage in told.stages] == ["reading", "preparing", "training", "calibrating", "segmenting"]
     assert told.messages[0].startswith("Medical Segmentation Decathlon")
     assert any(text.startswith("plan: spacing_mm: median of 5 cases") for text in told.messages)
 

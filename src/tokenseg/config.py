@@ -256,7 +256,6 @@ class SegmentOptions:
     says so."""
     shard: str = ""
     """Part of a cohort, such as 2/8: every eighth case from the second on, for as many jobs side by side."""
-
     show_names: bool = False
     """Call cases by name, not by a hash of it, in logs, status, manifest, quality files and report."""
     max_memory: str = ""

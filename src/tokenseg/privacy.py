@@ -8,6 +8,7 @@ reports.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from tokenseg.data.cases import Case
@@ -26,27 +27,27 @@ def without_names(text: str, case: Case, *, show_names: bool) -> str:
     """A message about a case without the case's name and the paths of its files."""
     if show_names:
         return text
-    hidden = shown_name(case.case_id, show_names=False)
-    for name in sorted(_names(case), key=len, reverse=True):
-        text = text.replace(name, hidden)
+    hidden = _hidden(case)
+    for name in sorted(hidden, key=len, reverse=True):
+        text = text.replace(name, hidden[name])
     return text
 
 
-def _names(case: Case) -> set[str]:
-    paths = list(case.images)
-    members: set[str] = set()
+def _hidden(case: Case) -> dict[str, str]:
+    """What stands for each name and path of a case."""
+    alias = shown_name(case.case_id, show_names=False)
+    paths, members = list(case.images), set[str]()
     if case.exam is not None:
         files = {frame.file for series in case.exam.series for frame in series.frames}
         paths += [file.path for file in files]
         members = {file.member for file in files} - {""}
-    names = {case.case_id, *members}
+    hidden = dict.fromkeys((case.case_id, *members), alias)
     for path in paths:
-        for spelling in {path, path.absolute(), path.resolve()}:
-            names |= {str(spelling), *_folders(spelling)}
-        names.add(path.name)
-    return names - {"", ".", "/"}
-
-
-def _folders(path: Path) -> set[str]:
-    """Folders that hold a file, but for those so short that their letters stand in any text."""
-    return {str(parent) for parent in path.parents if len(parent.parts) > 1}
+        # The rest of a file's name says which channel it is.
+        rest = path.name.removeprefix(case.case_id) if path.name.startswith(case.case_id) else ""
+        hidden[path.name] = alias + rest
+        for spelling in {str(path), os.path.abspath(path), os.path.realpath(path)}:  # noqa: PTH100 - links may loop
+            hidden[spelling] = alias + rest
+            # Folders, but for those so short that their letters stand in any text.
+            hidden |= {str(parent): alias for parent in Path(spelling).parents if len(parent.parts) > 1}
+    return hidden

@@ -355,7 +355,10 @@ def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -
 
 
 def _volumes_ml(setup: _Setup, run_path: Path) -> dict[str, tuple[float, float]]:
-    fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
+    try:
+        fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
+    except (OSError, ValueError):
+        return {}  # for the same reason as in `_inputs`
     return label_volumes_ml(
         [case for case in fingerprint.cases if case.case_id in setup.split.train], setup.config.plan.labels
     )
