@@ -446,7 +446,7 @@ def test_links_that_make_loops_in_a_dataset(tmp_path, model, capsys):
     image.symlink_to(image)
     assert "are missing" in refused(capsys, "train", dataset, tmp_path / "run", "--preset", "tiny")
     assert main(["segment", str(dataset), str(tmp_path / "out"), "--model", str(model), "--engine", "torch"]) == 1
-    assert "case_001" in capsys.readouterr().err
+    assert "case_001: FAILED" in capsys.readouterr().out
 
 
 def test_an_output_that_is_a_loop(tmp_path, model, capsys):
