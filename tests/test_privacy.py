@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from phantoms import phantom, write_nifti
 from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
 from tokenseg.config import SegmentOptions
+from tokenseg.data.cases import Case
 from tokenseg.data.volume import read_mask
-from tokenseg.privacy import shown_name
+from tokenseg.privacy import shown_name, without_names
 from tokenseg.segment import segment_files
 from toy_models import save_untrained
 
@@ -102,3 +104,17 @@ def test_names_where_they_are_asked_for(tmp_path):
     before = (tmp_path / "out" / "status.jsonl").read_text()
     segment_files([model], tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out" / "status.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("case_id", "text", "told"),
+    [
+        ("1", "1 of 12 files: data/1.nii.gz is truncated", "1 of 12 files: {}.nii.gz is truncated"),
+        ("Lee", "Lee: Leeds is not Lee_0001.nii.gz", "{}: Leeds is not Lee_0001.nii.gz"),
+        ("Lee", "data/Lee.nii.gz, in data, has 2 channels", "{}.nii.gz, in data, has 2 channels"),
+    ],
+)
+def test_names_are_hidden_and_other_words_are_not(case_id, text, told):
+    case = Case(case_id, case_id, (Path("data") / f"{case_id}.nii.gz",))
+    assert without_names(text, case, show_names=False) == told.format(shown_name(case_id, show_names=False))
+    assert without_names(text, case, show_names=True) == text

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from tokenseg.data.cases import Case
@@ -28,9 +29,9 @@ def without_names(text: str, case: Case, *, show_names: bool) -> str:
     if show_names:
         return text
     hidden = _hidden(case)
-    for name in sorted(hidden, key=len, reverse=True):
-        text = text.replace(name, hidden[name])
-    return text
+    names = "|".join(re.escape(name) for name in sorted(hidden, key=len, reverse=True))
+    # At once, so that nothing is replaced in a replacement; whole words only.
+    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda found: hidden[found[0]], text)
 
 
 def _hidden(case: Case) -> dict[str, str]:
@@ -41,7 +42,9 @@ def _hidden(case: Case) -> dict[str, str]:
         files = {frame.file for series in case.exam.series for frame in series.frames}
         paths += [file.path for file in files]
         members = {file.member for file in files} - {""}
-    hidden = dict.fromkeys((case.case_id, *members), alias)
+    # A name such as 1 or a would be found in any sentence, and says nothing of who it is.
+    names = set() if re.fullmatch(r"[0-9]{1,3}|[a-z]{1,2}", case.case_id) else {case.case_id}
+    hidden = dict.fromkeys(names | members, alias)
     for path in paths:
         # The rest of a file's name says which channel it is.
         rest = path.name.removeprefix(case.case_id) if path.name.startswith(case.case_id) else ""
