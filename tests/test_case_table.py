@@ -75,6 +75,7 @@ def test_a_column_a_channel_by_name(tmp_path):
         ([("case", "image"), ("a", "")], r"cells are empty in line\(s\) 2"),
         ([("case", "image"), ("a", "x.nii"), ("a", "y.nii")], "case ids must be unique"),
         ([("case", "image"), ("../a", "x.nii")], "must be usable as file names"),
+        ([("case", "image"), ("a", "x.nii", "y")], r"line\(s\) 2 have more cells than the header"),
         ([()], r"has the columns \(none\)"),
     ],
 )
@@ -91,10 +92,12 @@ def test_what_is_no_table(tmp_path):
 
 def test_a_missing_file_fails_alone(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
-    table = write_table(tmp_path / "t.csv", ("case", "image"), ("gone", "none.nii.gz"), ("a", "a.nii.gz"))
+    missing = ("gone", "none.nii.gz"), ("lost", "study/exam7")
+    table = write_table(tmp_path / "t.csv", ("case", "image"), *missing, ("a", "a.nii.gz"))
     model = toy_model(nearest_level(2), as_stored(ONE))
-    gone, done = segment_files([model], table, tmp_path / "out")
+    gone, lost, done = segment_files([model], table, tmp_path / "out")
     assert "does not exist" in gone.error
+    assert "exam7" in lost.error
     assert done.mask == tmp_path / "out" / "a.nii.gz"
 
 

@@ -106,11 +106,15 @@ def test_names_where_they_are_asked_for(tmp_path):
     assert (tmp_path / "out" / "status.jsonl").read_text() == before
 
 
+def test_an_empty_case_with_a_short_name_hides_nothing():
+    assert without_names("12 has no image", Case("12", "12", ()), show_names=False) == "12 has no image"
+
+
 @pytest.mark.parametrize(
     ("case_id", "text", "told"),
     [
         ("1", "1 of 12 files: data/1.nii.gz is truncated", "1 of 12 files: {}.nii.gz is truncated"),
-        ("Lee", "Lee: Leeds is not Lee_0001.nii.gz", "{}: Leeds is not Lee_0001.nii.gz"),
+        ("Lee", "Lee: Leeds is not Lee_0001.nii.gz", "{0}: Leeds is not {0}_0001.nii.gz"),
         ("Lee", "data/Lee.nii.gz, in data, has 2 channels", "{}.nii.gz, in data, has 2 channels"),
     ],
 )

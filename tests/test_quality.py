@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -13,12 +14,13 @@ from plans import make_plan
 from tokenseg.checkpoint import ModelFacts, QualityFacts
 from tokenseg.config import PRESETS, SegmentOptions
 from tokenseg.data.preprocess import prepare_image
+from tokenseg.data.restore import slabs_of
 from tokenseg.data.volume import Volume
 from tokenseg.predict import segment_in_slabs
 from tokenseg.quality import CaseQuality, QualityMeter
 from tokenseg.segment import segment_files
 from tokenseg.stopwatch import Stopwatch
-from tokenseg.temperature import calibration_error, cross_fitted_error, fit_temperature
+from tokenseg.temperature import calibration_error, cross_fitted_error, fit_temperature, joined, sample_voxels
 from toy_models import Toy, as_stored, mixing, toy_model
 
 SHAPE = (8, 10, 12)
@@ -33,7 +35,7 @@ def measured(logits: torch.Tensor, plan, facts: QualityFacts | None = None, mask
     """All rows of an image whose rows lie across its last axis (12), then its second (10), then its first (8)."""
     record = record_of(plan)
     assert record.order == (2, 1, 0)
-    meter = QualityMeter(plan, record, 1.0 if facts is None else facts.temperature)
+    meter = QualityMeter(plan, record, facts)
     for number in range(SHAPE[2]):
         meter.add(number, logits[:, :, :, number].transpose(1, 2), 0)
     mask = np.zeros(SHAPE, np.uint8) if mask is None else mask
@@ -89,7 +91,7 @@ def test_nothing_found_and_nothing_suspected():
 def test_pieces_and_unusual_volumes_are_told():
     mask = np.zeros(SHAPE, np.uint8)
     mask[1, 1, 1] = mask[2, 2, 2] = mask[6, 6, 6] = 1  # the first two touch at a corner
-    facts = QualityFacts(temperature=2.0, volumes_ml={"label1": (0.01, 0.02)})
+    facts = QualityFacts(temperature=2.0, num_cases=3, volumes_ml={"label1": (0.01, 0.02)})
     plan = make_plan(labels=1)
     (name,) = (label.name for label in plan.labels)
     facts = facts.model_copy(update={"volumes_ml": {name: (0.01, 0.02)}})
@@ -109,14 +111,18 @@ def test_a_temperature_flattens_probabilities_and_changes_no_mask():
 
 @pytest.mark.parametrize("num_slabs", [2, 5])
 @pytest.mark.parametrize("regions", [False, True])
-def test_quality_is_the_same_in_slabs(num_slabs, regions):
+@pytest.mark.parametrize("spacing_mm", [1, 4])
+def test_quality_is_the_same_in_slabs(num_slabs, regions, spacing_mm):
+    """Also where the scan is much coarser than the plan, and its voxels need few of the plan's."""
     plan = as_stored(
         make_plan(labels=2, regions=regions),
         window_vox=(16, 16, 16),
         whole_limit_vox=(16, 16, 16),
         spacing_mm=(1, 1, 2),
     )
-    volume = Volume(np.random.default_rng(0).normal(size=(1, 40, 33, 21)).astype(np.float32), np.eye(4), ("c0",))
+    affine = np.diag([spacing_mm] * 3 + [1.0])
+    shape = (1, 40, 33, 21) if spacing_mm == 1 else (1, 12, 11, 7)
+    volume = Volume(np.random.default_rng(0).normal(size=shape).astype(np.float32), affine, ("c0",))
     found = []
     for count in (1, num_slabs):
         done = segment_in_slabs(
@@ -183,3 +189,29 @@ def test_the_calibration_error_by_hand():
     logits = torch.stack([1 - probability, probability], dim=1).log()
     labels = torch.tensor([1, 1, 0, 0, 1, 1, 1, 1])[:, None]
     assert calibration_error(logits, labels, 1.0, regions=False) == pytest.approx((4 * 0.3 + 4 * 0.1) / 8, abs=1e-5)
+
+
+def test_every_voxel_of_the_plan_is_in_a_slab():
+    record = record_of(as_stored(make_plan(labels=1), spacing_mm=(0.25, 0.25, 0.25)))
+    for count in (1, 3, 8):
+        slabs = slabs_of(record, count)
+        assert slabs[0].grid.start == 0
+        assert slabs[-1].grid.stop == record.grid_shape[record.order[1]]
+        assert all(second.grid.start <= first.grid.stop for first, second in itertools.pairwise(slabs))
+
+
+def test_cases_without_any_suspicion_do_not_spoil_a_calibration():
+    empty = torch.zeros(0, 3), torch.zeros(0, 1, dtype=torch.long)
+    sure = torch.tensor([9.0, -9.0])[:, None, None, None].expand(2, 3, 3, 3)
+    sampled = sample_voxels(sure, torch.zeros(1, 3, 3, 3, dtype=torch.uint8), regions=False)
+    assert [len(part) for part in sampled] == [0, 0]
+    assert len(joined([empty, overconfident(100, 1.0)])[0]) == 100
+
+
+def test_samples_of_many_voxels_stay_among_them():
+    """In float32 the last of 2^24 + 4 would be counted one too far."""
+    logits = torch.zeros(2, 2**24 + 4, 1, 1)
+    labels = torch.zeros(1, 2**24 + 4, 1, 1, dtype=torch.uint8)
+    labels[0, -1] = 1
+    _, sampled = sample_voxels(logits, labels, regions=False)
+    assert sampled[-1] == 1

@@ -15,11 +15,12 @@ from phantoms import phantom, write_nifti
 from tokenseg.checkpoint import Model, load_model
 from tokenseg.cli import main
 from tokenseg.config import SegmentOptions
+from tokenseg.data.cases import Case
 from tokenseg.data.volume import read_mask
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.privacy import shown_name
 from tokenseg.segment import segment_files
-from tokenseg.status import CaseStatus, append_status, read_statuses
+from tokenseg.status import CaseStatus, append_status, case_digest, read_statuses
 from toy_models import save_untrained, untrained
 
 
@@ -176,3 +177,33 @@ def test_options_check_their_shard():
 def test_a_status_in_a_folder_that_is_gone(tmp_path):
     with pytest.raises(FileError, match="cannot write"):
         append_status(tmp_path / "none" / "status.jsonl", CaseStatus(case="a", state="failed", key=""))
+
+
+def test_voxels_beside_a_header_count_too(tmp_path):
+    """A .mhd is a header; what it says where the voxels are belongs to the scan."""
+    fields = "ObjectType = Image", "NDims = 3", "DimSize = 2 2 2", "ElementType = MET_UCHAR", "ElementDataFile = a.raw"
+    (tmp_path / "a.mhd").write_text("\n".join(fields))
+    digests = set()
+    for content in (b"12345678", b"87654321"):
+        (tmp_path / "a.raw").write_bytes(content)
+        digests.add(case_digest(Case("a", "a", (tmp_path / "a.mhd",))))
+    assert len(digests) == 2
+    (tmp_path / "a.raw").unlink()
+    assert case_digest(Case("a", "a", (tmp_path / "a.mhd",))) == ""
+
+
+@pytest.mark.parametrize("name", ["mask_qc.json", "mask_manifest.json"])
+def test_files_of_others_beside_a_mask_are_not_overwritten(tmp_path, name):
+    write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
+    (tmp_path / name).write_text('{"mine": 1}')
+    model = saved_model(tmp_path / "model")
+    with pytest.raises(FileError, match=f"{name} is in the way"):
+        segment_files([model], tmp_path / "a.nii.gz", tmp_path / "mask.nii.gz")
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+    (tmp_path / name).unlink()
+    for _ in range(2):  # ours are replaced
+        segment_files([model], tmp_path / "a.nii.gz", tmp_path / "mask.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("[]")
+    with pytest.raises(FileError, match=r"already holds manifest\.json"):
+        segment_files([model], scans(tmp_path / "in", 1), tmp_path / "out")

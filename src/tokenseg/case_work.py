@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -115,15 +116,16 @@ def compute_mask(work: Work, models: Sequence[Model], progress: Progress) -> Non
 
 def write_case(work: Work, models: Sequence[Model]) -> tuple[CaseResult, CaseStatus]:
     """Write the mask and its quality signals, and say what became of the case."""
-    written: list[CaseResult] = []
+    written: list[tuple[CaseResult, str]] = []
     _write(work, models, written)
+    digest = ""
     if written:
-        result = written[0]
+        result, digest = written[0]
     else:
         shown_error = without_names(work.error, work.case, show_names=work.options.show_names)
         result = CaseResult(work.case.case_id, None, {}, work.error, shown_error)
         _remove_earlier(work)
-    status = _status(work, result)
+    status = _status(work, result, digest)
     work.volume = work.segmented = None  # free before the next is held
     return result, status
 
@@ -159,7 +161,7 @@ def _on_cpu(model: Model) -> Model:
 
 
 @_guarded
-def _write(work: Work, models: Sequence[Model], written: list[CaseResult]) -> None:
+def _write(work: Work, models: Sequence[Model], written: list[tuple[CaseResult, str]]) -> None:
     if work.volume is None or work.segmented is None:
         raise ValueError("compute the mask first")
     mask, volume, facts = work.segmented.mask, work.volume, models[0].facts
@@ -181,27 +183,28 @@ def _write(work: Work, models: Sequence[Model], written: list[CaseResult]) -> No
         seconds=work.watch.seconds,
         quality=quality,
     )
-    written.append(result)
+    written.append((result, file_digest([DicomFile(place)])))
 
 
 def _remove_earlier(work: Work) -> None:
     """What an earlier call left in the folder of a cohort would pass for a result of this one."""
     if work.alone:
         return
-    for path in (work.target, quality_file(work.target)):
-        path.unlink(missing_ok=True)
-    if work.case.exam is not None:
-        no_findings_file(work.target).unlink(missing_ok=True)
+    places = [work.target, quality_file(work.target)]
+    places += [no_findings_file(work.target)] if work.case.exam is not None else []
+    for path in places:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
-def _status(work: Work, result: CaseResult) -> CaseStatus:
+def _status(work: Work, result: CaseResult, digest: str) -> CaseStatus:
     mask, segmented = result.mask, work.segmented
     return CaseStatus(
         case=work.shown,
         state="failed" if mask is None else "done",
         key=work.key,
         input_sha256=work.digest,
-        mask_sha256="" if mask is None else file_digest([DicomFile(mask)]),
+        mask_sha256="" if mask is None else digest,
         shape_vox=() if segmented is None else segmented.mask.shape,
         affine=() if work.volume is None else work.volume.affine.tolist(),
         plan_shape_vox=() if segmented is None else segmented.record.grid_shape,

@@ -53,6 +53,8 @@ class QualityFacts(Settings):
 
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """By what logits are divided to make probabilities true, see `temperature.py`."""
+    num_cases: Annotated[int, Field(ge=0)] = 0
+    """Validation cases that it was fitted on; with 0 it was not."""
     calibration_error: tuple[float, float] | None = None
     """Expected calibration error of the validation cases without and with a temperature; None where not measured."""
     volumes_ml: dict[str, tuple[float, float]] = Field(default_factory=dict)

@@ -113,8 +113,16 @@ def available_mib() -> float | None:
         return None
     with suppress(OSError, ValueError):
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, (limit - used) / 2**20)
+        free = min(free, (limit - used + _cached_bytes()) / 2**20)
     return free
+
+
+def _cached_bytes() -> int:
+    """What a container has read of files and can drop at once."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("inactive_file ")).split()[1])
+    return 0
 
 
 def status_kib(process: Path, key: str) -> int:

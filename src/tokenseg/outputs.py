@@ -28,7 +28,8 @@ from tokenseg.data.restore import painted_values
 from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import FileError
 from tokenseg.files import check_writable
-from tokenseg.quality import CaseQuality
+from tokenseg.provenance import is_manifest
+from tokenseg.quality import CaseQuality, is_quality
 from tokenseg.shapes import MaskArray
 
 SUMMARY_NAME, STATUS_NAME, MANIFEST_NAME = "summary.csv", "status.jsonl", "manifest.json"
@@ -106,7 +107,9 @@ def mask_name(case: Case) -> str:
     if case.exam is not None:
         return case.case_id + SEG_ENDING
     # A case may have no image at all (an empty patient folder); it fails, but has a name.
-    return case.case_id + (mask_ending(image_ending(case.images[0])) if case.images else IMAGE_ENDINGS[0])
+    # So has one whose file is missing and is named as no image.
+    is_image = bool(case.images) and case.images[0].name.endswith(IMAGE_ENDINGS)
+    return case.case_id + (mask_ending(image_ending(case.images[0])) if is_image else IMAGE_ENDINGS[0])
 
 
 def summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
@@ -138,6 +141,10 @@ def check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> No
     words = no_findings_file(output)
     if output.name.endswith(".dcm") and words.exists() and not is_no_findings(words):
         raise FileError(f"{words} is in the way: where nothing is found, it would be overwritten; name another output")
+    beside = [quality_file(output), manifest_file(output)]
+    foreign = [path for path in beside if path.exists() and not is_manifest(path) and not is_quality(path)]
+    if foreign:
+        raise FileError(f"{foreign[0]} is in the way, not written by `tokenseg segment`; name another output")
     check_writable(output.parent, output)
 
 
@@ -159,6 +166,8 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
     foreign = [
         path for case_id, path in targets if path.exists() and (os.path.realpath(path) in images or case_id not in ours)
     ]
+    manifest = output / MANIFEST_NAME
+    foreign += [manifest] if manifest.exists() and not is_manifest(manifest) else []
     if foreign:
         raise FileError(
             f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "

@@ -82,8 +82,8 @@ def segment_in_slabs(
     with watch.stage("network"):
         routes = [choose_route(model, rows, full=full) for model in models]
     mask = empty_mask(scan.record, plan)
-    known = models[0].facts.quality
-    meter = QualityMeter(plan, scan.record, 1.0 if known is None else known.temperature)
+    # A temperature is that of one model; means of several are less sure already.
+    meter = QualityMeter(plan, scan.record, models[0].facts.quality if len(models) == 1 else None)
     counted = 0
     for slab in slabs_of(scan.record, num_slabs):
         answers = [logits_rows(model, route, slab.grid) for model, route in zip(models, routes, strict=True)]

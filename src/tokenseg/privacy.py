@@ -29,9 +29,11 @@ def without_names(text: str, case: Case, *, show_names: bool) -> str:
     if show_names:
         return text
     hidden = _hidden(case)
+    if not hidden:
+        return text
     names = "|".join(re.escape(name) for name in sorted(hidden, key=len, reverse=True))
-    # At once, so that nothing is replaced in a replacement; whole words only.
-    return re.sub(rf"(?<!\w)(?:{names})(?!\w)", lambda found: hidden[found[0]], text)
+    # At once, so that nothing is replaced in a replacement. Whole words only, but endings such as _seg may follow.
+    return re.sub(rf"(?<![^\W_])(?:{names})(?![^\W_])", lambda found: hidden[found[0]], text)
 
 
 def _hidden(case: Case) -> dict[str, str]:
@@ -41,7 +43,7 @@ def _hidden(case: Case) -> dict[str, str]:
     if case.exam is not None:
         files = {frame.file for series in case.exam.series for frame in series.frames}
         paths += [file.path for file in files]
-        members = {file.member for file in files} - {""}
+        members = {file.member for file in files} - {""} | {case.exam.name}
     # A name such as 1 or a would be found in any sentence, and says nothing of who it is.
     names = set() if re.fullmatch(r"[0-9]{1,3}|[a-z]{1,2}", case.case_id) else {case.case_id}
     hidden = dict.fromkeys(names | members, alias)

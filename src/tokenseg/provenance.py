@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -99,6 +100,15 @@ class Manifest(Settings):
     models: tuple[ModelRecord, ...]
     cases: tuple[CaseStatus, ...] = Field(default=())
     """Of a single mask; of a folder they are in `status.jsonl`."""
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest of ours, of whatever version."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"tokenseg", "models", "options"} <= content.keys()
 
 
 def segment_manifest(

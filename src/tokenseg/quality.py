@@ -10,6 +10,7 @@ unsure; an error of which it is sure does not show.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,8 +74,16 @@ class CaseQuality(Settings):
 class QualityMeter:
     """Adds up what rows of logits say."""
 
-    def __init__(self, plan: Plan, record: GridRecord, temperature: float) -> None:
-        self._regions, self._temperature = plan.regions, temperature
+    def __init__(self, plan: Plan, record: GridRecord, known: QualityFacts | None) -> None:
+        """Begin a scan.
+
+        Args:
+            plan: Of the model.
+            record: Of the scan.
+            known: With the temperature; None where there is none.
+        """
+        self._regions, self._known = plan.regions, known or QualityFacts()
+        self._temperature = self._known.temperature
         count = len(plan.labels)
         self._probability, self._mask, self._both = (np.zeros(count) for _ in range(3))
         self._foreground = self._unsure = 0.0
@@ -176,9 +185,18 @@ class QualityMeter:
             cell_entropy=tuple(tuple(tuple(round(float(v), 4) for v in line) for line in plane) for plane in entropy),
             labels=labels,
             flags=(*warnings, *_volume_flags(labels)),
-            temperature=known.temperature,
-            calibrated=facts.quality is not None,
+            temperature=self._temperature,
+            calibrated=self._known.num_cases > 0,
         )
+
+
+def is_quality(path: Path) -> bool:
+    """Whether a file holds quality signals of ours, of whatever version."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"case", "expected_dice", "cell_entropy"} <= content.keys()
 
 
 def read_quality(path: Path) -> CaseQuality | None:

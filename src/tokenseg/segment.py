@@ -112,7 +112,8 @@ def segment_cases(
     plan = models[0].facts.plan
     # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
     results = [CaseResult(case.case_id, None, {}, "not segmented yet") for case in cases]
-    remove_leftovers(folder)
+    if options.part()[1] == 1:  # other parts may be at work in this folder
+        remove_leftovers(folder)
     write_atomically(summary_path, summary(results, plan))
     write_atomically(folder / part_name(MANIFEST_NAME, options), segment_manifest(models, options, command))
     cohort = _Cohort(models, folder, options, read_statuses(folder), _key_settings(models, options), progress)
@@ -135,12 +136,15 @@ def segment_cases(
                     _take(written, finish)
                     finish(number, begun, None)
                     continue
+                if options.max_memory:
+                    _take(written, finish)  # what is still being written would count
                 work = begun()
                 compute_mask(work, models, progress)
                 _take(written, finish)
                 written.append((number, writer.submit(write_case, work, models)))
         finally:
             _take(written, finish)  # also where somebody interrupts
+            write_atomically(summary_path, summary(results, plan))
     return results
 
 
@@ -200,8 +204,10 @@ def _take(
     finish: Callable[[int, CaseResult, CaseStatus | None], None],
 ) -> None:
     while written:
-        number, future = written.pop()
-        finish(number, *future.result())
+        number, future = written[0]
+        result, status = future.result()
+        written.pop(0)  # not before: who interrupts the waiting loses nothing
+        finish(number, result, status)
 
 
 def _segment_alone(

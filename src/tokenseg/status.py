@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from tokenseg.config import Settings
 from tokenseg.data.cases import Case
 from tokenseg.data.dicom_files import DicomFile
+from tokenseg.data.formats import voxel_files
 from tokenseg.errors import FileError
 
 _CHUNK_BYTES = 1 << 22
@@ -95,7 +96,7 @@ def current_mask(status: CaseStatus | None, key: str, places: Iterable[Path]) ->
 
 def case_digest(case: Case) -> str:
     """SHA-256 over the content of a case's files; empty where one cannot be read."""
-    files = [DicomFile(path) for path in case.images]
+    files = [DicomFile(path) for image in case.images for path in voxel_files(image)]
     if case.exam is not None:
         files = list(dict.fromkeys(frame.file for series in case.exam.series for frame in series.frames))
     try:

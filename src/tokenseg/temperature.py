@@ -59,12 +59,12 @@ def calibrate(model: Model, cases: Sequence[Case], dataset: Dataset, progress: P
         labels = torch.from_numpy(prepare_labels(loaded.mask, prepared.record, plan))
         samples.append(sample_voxels(logits, labels, regions=plan.regions))
         progress.advance(case.case_id)
-    logits, labels = joined(samples)
-    if len(logits) == 0 or not torch.isfinite(logits).all():
+    told = [sample for sample in samples if len(sample[0])]  # of a case without any suspicion there is nothing
+    if not told or not all(torch.isfinite(logits).all() for logits, _ in told):
         return QualityFacts()
-    temperature = fit_temperature(logits, labels, regions=plan.regions)
-    errors = cross_fitted_error(samples, regions=plan.regions) if len(samples) > 1 else None
-    return QualityFacts(temperature=round(temperature, 4), calibration_error=errors)
+    temperature = fit_temperature(*joined(told), regions=plan.regions)
+    errors = cross_fitted_error(told, regions=plan.regions) if len(told) > 1 else None
+    return QualityFacts(temperature=round(temperature, 4), num_cases=len(told), calibration_error=errors)
 
 
 def sample_voxels(
@@ -80,7 +80,10 @@ def sample_voxels(
     foreground = logits.sigmoid().amax(dim=0) if regions else 1 - logits.softmax(dim=0)[0]
     wanted: Bool[Tensor, "X Y Z"] = (foreground > 0.01) | (labels != 0).any(dim=0)
     places = wanted.flatten().nonzero()[:, 0]
-    places = places[torch.linspace(0, max(0, len(places) - 1), min(len(places), SAMPLES_A_CASE)).long()]
+    last = max(0, len(places) - 1)
+    # Float32 would count beyond the last of many.
+    evenly = torch.linspace(0, last, min(len(places), SAMPLES_A_CASE), dtype=torch.float64).long().clamp(max=last)
+    places = places[evenly]
     return logits.flatten(1)[:, places].T, labels.flatten(1)[:, places].T.long()
 
 

@@ -36,10 +36,17 @@ def read_case_table(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = [{(key or "").strip(): (value or "").strip() for key, value in row.items()} for row in reader]
+            cells = list(reader)
+            long = [str(number) for number, row in enumerate(cells, start=2) if None in row]
+            rows = [
+                {(key or "").strip(): (value or "").strip() for key, value in row.items() if key is not None}
+                for row in cells
+            ]
             columns = [(name or "").strip() for name in reader.fieldnames or ()]
     except (OSError, UnicodeDecodeError, csv.Error, AttributeError) as error:
         raise FileError(f"{path} cannot be read as a table in CSV ({error}); save it as CSV in UTF-8") from error
+    if long:
+        raise DataError(f"{path}: line(s) {first_few(long)} have more cells than the header; quote what holds a comma")
     channels = _channel_columns(columns, plan)
     if "case" not in columns or not ("image" in columns or channels):
         raise DataError(

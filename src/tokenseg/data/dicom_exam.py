@@ -95,6 +95,8 @@ def read_exam(exam: Exam, plan: Plan) -> Volume:
     first = volumes[0]
     for channel, volume in zip(channels[1:], volumes[1:], strict=True):
         check_same_grid(first, volume, (str(channels[0].series), str(channel.series)))
+        del volume
+    del first  # so that each is free once it is joined
     return join_channels(volumes)
 
 

@@ -90,6 +90,16 @@ def read_header(path: Path) -> Stored:
     return Stored(*nifti.read_header(path))
 
 
+def voxel_files(path: Path) -> tuple[Path, ...]:
+    """The files that an image is: itself, and of a .mhd the one with its voxels, if that can be told."""
+    if not path.name.endswith(".mhd"):
+        return (path,)
+    try:
+        return path, itk.data_file(path)
+    except FileError:
+        return (path,)
+
+
 def voxel_bytes(path: Path) -> int:
     """Memory a voxel of a file that reading takes beside what it gives, from the header; see `read_header`."""
     header = read_header(path).header

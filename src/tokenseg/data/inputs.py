@@ -86,6 +86,10 @@ def describe_input(case: Case, plan: Plan) -> tuple[str, ...]:
     return () if case.exam is None else phase_table(case.exam, plan)
 
 
+_DICOM_BYTES = 4
+"""Of a voxel while it is decoded: as stored, and decoded."""
+
+
 class InputSize(NamedTuple):
     """What is known of a scan before it is read."""
 
@@ -117,7 +121,7 @@ def input_size(case: Case, plan: Plan) -> InputSize:
         TokenSegError: It cannot be read, see `read_input`.
     """
     if case.exam is not None:
-        return InputSize(*exam_size(case.exam, plan), 0)
+        return InputSize(*exam_size(case.exam, plan), _DICOM_BYTES)
     _checked_channels(case, plan)
     grids = [read_grid(path) for path in case.images]
     shape, affine = grids[0].shape, grids[0].affine

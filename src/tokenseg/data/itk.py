@@ -176,6 +176,20 @@ def _opened(path: Path) -> Any:  # noqa: ANN401 - SimpleITK's reader
     return reader
 
 
+def data_file(path: Path) -> Path:
+    """File with the voxels of a .mhd.
+
+    Raises:
+        FileError: It cannot be read, or names none, or one that is not beside it.
+    """
+    check_no_device(path)
+    try:
+        with path.open("rb") as stream:
+            return _meta_file(stream.read(_HEADER_LIMIT), path)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
+
+
 def _check_text(path: Path) -> int:
     """The most bytes that the voxels in the file can be, after a look at the header's text.
 

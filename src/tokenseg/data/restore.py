@@ -30,7 +30,7 @@ class Slab(NamedTuple):
     crop: slice
     """Voxels of the scan, as cropped."""
     grid: slice
-    """Voxels of the plan's grid that these are interpolated from."""
+    """Voxels of the plan's grid that these are interpolated from; together the slabs have all of them."""
 
 
 def slabs_of(record: GridRecord, count: int) -> list[Slab]:
@@ -38,10 +38,13 @@ def slabs_of(record: GridRecord, count: int) -> list[Slab]:
     second = record.order[1]
     axis = axis_between(record.grid_shape[second], record.crop_shape[second])
     ends = np.linspace(0, record.crop_shape[second], min(count, record.crop_shape[second]) + 1).round().astype(int)
-    return [
-        Slab(slice(int(first), int(stop)), slice(*axis.part(int(first), int(stop)).needed()))
-        for first, stop in itertools.pairwise(ends)
-    ]
+    slabs: list[Slab] = []
+    for first, stop in itertools.pairwise(ends.tolist()):
+        start, end = axis.part(first, stop).needed()
+        # No voxel of the plan's grid is left out, also where the scan's are coarser and need fewer.
+        start = min(start, slabs[-1].grid.stop if slabs else 0)
+        slabs.append(Slab(slice(first, stop), slice(start, record.grid_shape[second] if stop == ends[-1] else end)))
+    return slabs
 
 
 def empty_mask(record: GridRecord, plan: Plan) -> MaskArray:

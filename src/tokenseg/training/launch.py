@@ -18,7 +18,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from tokenseg.config import Plan
 from tokenseg.device import bfloat16_helps
-from tokenseg.errors import ConfigError, TokenSegError, TrainingError
+from tokenseg.errors import ConfigError, TrainingError
 from tokenseg.processes import num_processes
 
 # While the first process prepares or validates, the others wait in a collective operation. The customary limits of 10
@@ -68,8 +68,8 @@ def first_then_others(fabric: Fabric, work: Callable[[], ResultT]) -> ResultT:
     if fabric.is_global_zero:
         try:
             result = work()
-        except TokenSegError:
-            fabric.broadcast(False)
+        except BaseException:
+            fabric.broadcast(False)  # whatever it was: the others would wait for a day
             raise
         fabric.broadcast(True)
         return result
