@@ -131,7 +131,7 @@ def test_a_folder_with_a_broken_case_ends_with_1(dataset, model, tmp_path, capsy
     assert "scan1: FAILED" in printed.out.splitlines()
     assert f"2 of 3 cases segmented; {tmp_path / 'out' / 'summary.csv'}" in printed.out
     hidden = shown_name("scan1", show_names=False)
-    assert f"error: {hidden}: {hidden} is truncated or empty" in printed.err
+    assert f"error: {hidden}: {hidden}.nii.gz is truncated or empty" in printed.err
     assert "scan1" not in printed.err
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     masks = ["scan0.nii.gz", "scan0_qc.json", "scan2.nii.gz", "scan2_qc.json"]
