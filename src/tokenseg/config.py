@@ -252,8 +252,7 @@ class SegmentOptions:
     """DICOM: the series to segment, by its UID or a part of its description; of a DCE exam, a part that all phases
     share. Needed only where several could be meant."""
     empty_seg: bool = False
-    """DICOM: of an exam without findings write a segmentation that is all background, instead of a JSON file that
-    says so."""
+    """DICOM: of an exam without findings write an all-background segmentation, not a JSON file that says so."""
     shard: str = ""
     """Part of a cohort, such as 2/8: every eighth case from the second on, for as many jobs side by side."""
     show_names: bool = False
@@ -313,7 +312,8 @@ class TrainOptions:
         for name, least in (("max_steps", 1), ("threads", 1), ("fold", 0), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, int) and not least <= value < 2**63:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below 2^63")
+                bound = f"at least {least}" if value < least else "below 2^63"
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
