@@ -57,13 +57,7 @@ def test_a_study_becomes_an_object_and_a_summary(tmp_path, capsys):
     report = tmp_path / "report.html"
     words = ["segment", str(tmp_path / "exam"), str(tmp_path / "out"), "--model", str(model), "--report", str(report)]
     assert main(words) == 0
-    assert names_in(tmp_path / "out") == [
-        "exam_qc.json",
-        "exam_seg.dcm",
-        "manifest.json",
-        "status.jsonl",
-        "summary.csv",
-    ]
+    assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.dcm", *ALWAYS]
     assert "exam: l0 " in capsys.readouterr().out
     assert report.stat().st_size > 10_000
     # Again, over what this program wrote; and into one file of another format, with the same voxels.
@@ -138,30 +132,12 @@ def test_no_findings(tmp_path):
     # What is found later replaces it, and the other way round.
     all_of_it = toy_model(constant(0.0, 1.0), TUMOUR)
     segment_files([all_of_it], tmp_path / "exam", tmp_path / "out")
-    assert names_in(tmp_path / "out") == [
-        "exam_qc.json",
-        "exam_seg.dcm",
-        "manifest.json",
-        "status.jsonl",
-        "summary.csv",
-    ]
+    assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.dcm", *ALWAYS]
     assert dcmread(tmp_path / "out" / "exam_seg.dcm").NumberOfFrames == NUM_SLICES
     segment_files([none], tmp_path / "exam", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "exam_qc.json",
-        "exam_seg.json",
-        "manifest.json",
-        "status.jsonl",
-        "summary.csv",
-    ]
+    assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.json", *ALWAYS]
     segment_files([none], tmp_path / "exam", tmp_path / "out", options=SegmentOptions(empty_seg=True))
-    assert names_in(tmp_path / "out") == [
-        "exam_qc.json",
-        "exam_seg.dcm",
-        "manifest.json",
-        "status.jsonl",
-        "summary.csv",
-    ]
+    assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.dcm", *ALWAYS]
     assert not dcmread(tmp_path / "out" / "exam_seg.dcm").pixel_array.any()
 
 

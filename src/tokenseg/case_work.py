@@ -20,7 +20,7 @@ from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, SegmentOptions
 from tokenseg.data.cases import Case
 from tokenseg.data.dicom_files import DicomFile
-from tokenseg.data.inputs import describe_input, input_size, read_input
+from tokenseg.data.inputs import InputSize, describe_input, input_size, read_input
 from tokenseg.data.restore import painted_values
 from tokenseg.data.suitability import check_input
 from tokenseg.data.volume import Volume
@@ -51,11 +51,17 @@ class Work:
     """Whether it is no part of a cohort: then what an earlier call wrote stays where this one fails."""
     error: str = ""
     digest: str = ""
+    """Of its files; computed once, as soon as somebody asks."""
+    size: InputSize | None = None
+    """From its headers, likewise."""
     key: str = ""
     notes: tuple[str, ...] = ()
     memory: MemoryPlan | None = None
     volume: Volume | None = None
     segmented: Segmented | None = None
+    result: CaseResult | None = None
+    """Once its mask is written."""
+    mask_sha256: str = ""
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -88,12 +94,12 @@ def read_case(work: Work, models: Sequence[Model], settings: Sequence[str], prog
     """Read the scan, after saying how much memory it will take where a limit was given."""
     plan = models[0].facts.plan
     with work.watch.stage("load"):
-        work.digest = case_digest(work.case)
+        work.digest = work.digest or case_digest(work.case)
         # Weights that were never saved have no fingerprint: with them everything is done anew.
         saved = all(model.facts.weights_sha256 for model in models)
         work.key = case_key(work.case, work.digest, settings) if saved else ""
         work.notes = describe_input(work.case, plan)
-        work.memory = memory_of(work.case, models, work.options)
+        work.memory = _memory_of(work, models)
         if work.options.max_memory:
             progress.message(f"{work.shown}: {work.memory}; limit {work.options.max_memory}")
         work.volume = read_input(work.case, plan)
@@ -116,30 +122,22 @@ def compute_mask(work: Work, models: Sequence[Model], progress: Progress) -> Non
 
 def write_case(work: Work, models: Sequence[Model]) -> tuple[CaseResult, CaseStatus]:
     """Write the mask and its quality signals, and say what became of the case."""
-    written: list[tuple[CaseResult, str]] = []
-    _write(work, models, written)
-    digest = ""
-    if written:
-        result, digest = written[0]
-    else:
+    _write(work, models)
+    result = work.result
+    if result is None:
         shown_error = without_names(work.error, work.case, show_names=work.options.show_names)
         result = CaseResult(work.case.case_id, None, {}, work.error, shown_error)
         _remove_earlier(work)
-    status = _status(work, result, digest)
+    status = _status(work, result)
     work.volume = work.segmented = None  # free before the next is held
     return result, status
 
 
-def memory_of(case: Case, models: Sequence[Model], options: SegmentOptions) -> MemoryPlan:
-    """Memory and slabs of a case, from its headers.
-
-    Raises:
-        TokenSegError: It cannot be read, or the limit cannot be kept.
-    """
-    plan, limit_mib = models[0].facts.plan, parse_memory(options.max_memory)
+def _memory_of(work: Work, models: Sequence[Model]) -> MemoryPlan:
+    plan, limit_mib = models[0].facts.plan, parse_memory(work.options.max_memory)
     networks = [model.facts.network for model in models]
     compiled = any(model.compiled is not None for model in models)
-    return plan_memory(input_size(case, plan), plan, networks, limit_mib=limit_mib, compiled=compiled)
+    return plan_memory(work.size or input_size(work.case, plan), plan, networks, limit_mib=limit_mib, compiled=compiled)
 
 
 def _segment(work: Work, models: Sequence[Model]) -> None:
@@ -161,7 +159,7 @@ def _on_cpu(model: Model) -> Model:
 
 
 @_guarded
-def _write(work: Work, models: Sequence[Model], written: list[tuple[CaseResult, str]]) -> None:
+def _write(work: Work, models: Sequence[Model]) -> None:
     if work.volume is None or work.segmented is None:
         raise ValueError("compute the mask first")
     mask, volume, facts = work.segmented.mask, work.volume, models[0].facts
@@ -172,7 +170,8 @@ def _write(work: Work, models: Sequence[Model], written: list[tuple[CaseResult, 
     with work.watch.stage("save"):
         place = write_output(work.target, mask, volume, models[0], work.options)
         write_atomically(quality_file(work.target), quality.model_dump_json(indent=1).encode())
-    result = CaseResult(
+    work.mask_sha256 = file_digest([DicomFile(place)])
+    work.result = CaseResult(
         work.case.case_id,
         place,
         volumes_ml,
@@ -183,7 +182,6 @@ def _write(work: Work, models: Sequence[Model], written: list[tuple[CaseResult, 
         seconds=work.watch.seconds,
         quality=quality,
     )
-    written.append((result, file_digest([DicomFile(place)])))
 
 
 def _remove_earlier(work: Work) -> None:
@@ -197,14 +195,14 @@ def _remove_earlier(work: Work) -> None:
             path.unlink(missing_ok=True)
 
 
-def _status(work: Work, result: CaseResult, digest: str) -> CaseStatus:
-    mask, segmented = result.mask, work.segmented
+def _status(work: Work, result: CaseResult) -> CaseStatus:
+    segmented = work.segmented
     return CaseStatus(
         case=work.shown,
-        state="failed" if mask is None else "done",
+        state="failed" if work.result is None else "done",
         key=work.key,
         input_sha256=work.digest,
-        mask_sha256="" if mask is None else digest,
+        mask_sha256=work.mask_sha256,
         shape_vox=() if segmented is None else segmented.mask.shape,
         affine=() if work.volume is None else work.volume.affine.tolist(),
         plan_shape_vox=() if segmented is None else segmented.record.grid_shape,

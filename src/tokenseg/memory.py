@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenseg.config import NetworkConfig, Plan, Vox3
+from tokenseg.config import NetworkConfig, Plan
 from tokenseg.data.inputs import InputSize
+from tokenseg.data.orientation import in_row_order, row_order, shape3
 from tokenseg.data.preprocess import grid_shape
 from tokenseg.errors import ConfigError
 from tokenseg.windows import window_corners
@@ -27,7 +28,7 @@ MAX_SLABS = 64
 _FLOAT_BYTES = 4
 _NETWORK_BYTES = 3.6
 """Of a pass, a voxel and a feature channel of the first level."""
-_ENGINE_MIB = 450
+_ENGINE_MIB = 300
 """What converting a network for OpenVINO leaves behind, and its buffers."""
 _UNKNOWN_RESIDENT_MIB = 600
 """Libraries and weights, where the system does not say."""
@@ -155,9 +156,9 @@ def _peak_mib(
 
 def _computing_bytes(size: InputSize, plan: Plan, networks: Sequence[NetworkConfig], num_slabs: int) -> float:
     grid = grid_shape(size.ras_shape, size.ras_spacing_mm, plan)
-    padded = _vox3(np.maximum(grid, plan.window_vox))
-    order = sorted(range(3), key=lambda axis: -grid[axis])
-    rows, across, deep = (padded[axis] for axis in order)
+    padded = shape3(np.maximum(grid, plan.window_vox))
+    order = row_order(grid)
+    rows, across, deep = in_row_order(padded, order)
     whole = window_corners(padded, plan) is None
     passes = padded if whole else plan.window_vox
     width = max(network.widths[0] for network in networks)
@@ -165,7 +166,7 @@ def _computing_bytes(size: InputSize, plan: Plan, networks: Sequence[NetworkConf
     channels, outputs = len(plan.channels), plan.num_outputs
     if whole:
         return network + math.prod(padded) * (2 * channels + 2 * outputs * len(networks)) * _FLOAT_BYTES
-    window = [plan.window_vox[axis] for axis in order]
+    window = in_row_order(plan.window_vox, order)
     stretch = across / num_slabs + 2
     seen = min(across, stretch + 2 * window[1])
     image = 1.5 * channels * min(rows, window[0]) * seen * deep
@@ -174,11 +175,6 @@ def _computing_bytes(size: InputSize, plan: Plan, networks: Sequence[NetworkConf
     planes += 6 * channels * math.prod(sorted(size.shape)[1:]) + 3 * outputs * math.prod(sorted(size.shape)[1:])
     coarse = 0 if plan.coarse_factor is None else math.prod(padded) / math.prod(plan.coarse_factor)
     return network + (image + sums + planes + coarse * (2 * channels + 2 * outputs)) * _FLOAT_BYTES + coarse * width * 4
-
-
-def _vox3(sizes: np.ndarray) -> Vox3:
-    x, y, z = (int(size) for size in sizes)
-    return x, y, z
 
 
 def _gb(mib: float, *, up: bool = False) -> str:

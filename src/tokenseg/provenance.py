@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pydantic import Field
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import SegmentOptions, Settings
+from tokenseg.files import is_json_with
 from tokenseg.status import CaseStatus
 
 MANIFEST_COLUMNS = ("date", "commit", "tokenseg", "torch", "cpu", "gpu", "os")
@@ -104,11 +104,7 @@ class Manifest(Settings):
 
 def is_manifest(path: Path) -> bool:
     """Whether a file is a manifest of ours, of whatever version."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"tokenseg", "models", "options"} <= content.keys()
+    return is_json_with(path, {"tokenseg", "models", "options"})
 
 
 def segment_manifest(

@@ -10,7 +10,6 @@ unsure; an error of which it is sure does not show.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,13 +19,15 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
-from scipy.ndimage import find_objects, label
+from scipy.ndimage import label
 from torch import Tensor
 
 from tokenseg.checkpoint import ModelFacts, QualityFacts
 from tokenseg.config import Plan, Settings
+from tokenseg.data.boxes import box_of, box_of_planes
 from tokenseg.data.preprocess import GridRecord
-from tokenseg.data.restore import box_of, painted_values
+from tokenseg.data.restore import painted_values
+from tokenseg.files import is_json_with
 from tokenseg.shapes import MaskArray
 
 UNSURE = (0.1, 0.9)
@@ -163,11 +164,12 @@ class QualityMeter:
             warnings: Of the input, from `check_input`.
         """
         plan, known = facts.plan, facts.quality or QualityFacts()
+        box = box_of_planes(mask[:, :, z] != 0 for z in range(mask.shape[2]))
         labels = {
             each.name: LabelQuality(
                 volume_ml=round(volumes_ml[each.name], 4),
                 training_volume_ml=known.volumes_ml.get(each.name),
-                components=_count_components(mask, painted_values(each, plan)),
+                components=_count_components(mask, box, painted_values(each, plan)),
                 expected_dice=_rounded(2 * self._both[n], self._probability[n] + self._mask[n]),
             )
             for n, each in enumerate(plan.labels)
@@ -192,11 +194,7 @@ class QualityMeter:
 
 def is_quality(path: Path) -> bool:
     """Whether a file holds quality signals of ours, of whatever version."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and {"case", "expected_dice", "cell_entropy"} <= content.keys()
+    return is_json_with(path, {"case", "expected_dice", "cell_entropy"})
 
 
 def read_quality(path: Path) -> CaseQuality | None:
@@ -228,24 +226,10 @@ def _volume_flags(labels: Mapping[str, LabelQuality]) -> list[str]:
     return flags
 
 
-def _count_components(mask: MaskArray, values: Sequence[int]) -> int | None:
-    box = _box(mask)
+def _count_components(mask: MaskArray, box: tuple[slice, ...] | None, values: Sequence[int]) -> int | None:
     if box is None:
         return 0
     inside = mask[box]
     if inside.size > MAX_COMPONENT_VOXELS:
         return None
     return int(label(np.isin(inside, values), np.ones((3, 3, 3)))[1])
-
-
-def _box(mask: MaskArray) -> tuple[slice, ...] | None:
-    """The box around all foreground, a plane at a time."""
-    hits = [np.zeros(count, bool) for count in mask.shape]
-    for z in range(mask.shape[2]):
-        plane = mask[:, :, z] != 0
-        hits[0] |= plane.any(axis=1)
-        hits[1] |= plane.any(axis=0)
-        hits[2][z] = plane.any()
-    if not hits[2].any():
-        return None
-    return tuple(find_objects(hit.astype(int))[0][0] for hit in hits)

@@ -123,7 +123,7 @@ def segment_cases(
         results[number] = result
         if status is not None:
             append_status(status_path, status)
-        if number % max(1, len(cases) // _SUMMARIES) == 0 or number == len(cases) - 1:
+        if number % max(1, len(cases) // _SUMMARIES) == 0:
             write_atomically(summary_path, summary(results, plan))
         progress.advance(shown_name(cases[number].case_id, show_names=options.show_names))
 
@@ -166,13 +166,13 @@ Begun: TypeAlias = CaseResult | Callable[[], Work]
 
 def _begin(cohort: _Cohort, cases: Sequence[Case], reader: ThreadPoolExecutor) -> Iterator[tuple[int, Begun]]:
     for number, case in enumerate(cases):
-        known = _done_before(cohort, case)
+        work = Work(case, cohort.folder / mask_name(case), cohort.options)
+        known = _done_before(cohort, work)
         if known is not None:
             yield number, known
             continue
-        work = Work(case, cohort.folder / mask_name(case), cohort.options)
         read = partial(_read, work, cohort)
-        yield number, reader.submit(read).result if _may_be_read_ahead(cohort, case) else read
+        yield number, reader.submit(read).result if _may_be_read_ahead(cohort, work) else read
 
 
 def _read(work: Work, cohort: _Cohort) -> Work:
@@ -180,15 +180,15 @@ def _read(work: Work, cohort: _Cohort) -> Work:
     return work
 
 
-def _may_be_read_ahead(cohort: _Cohort, case: Case) -> bool:
+def _may_be_read_ahead(cohort: _Cohort, work: Work) -> bool:
     free = available_mib()
     if cohort.options.max_memory or free is None:
         return False
     try:
-        size = input_size(case, cohort.models[0].facts.plan)
+        work.size = input_size(work.case, cohort.models[0].facts.plan)
     except TokenSegError:
         return True  # whose error comes when it is read
-    return math.prod(size.shape) * size.num_channels * 4 / 2**20 < _AHEAD_SHARE * free
+    return math.prod(work.size.shape) * work.size.num_channels * 4 / 2**20 < _AHEAD_SHARE * free
 
 
 def _one_ahead(begun: Iterator[tuple[int, Begun]]) -> Iterator[tuple[int, Begun]]:
@@ -222,16 +222,19 @@ def _segment_alone(
     return result
 
 
-def _done_before(cohort: _Cohort, case: Case) -> CaseResult | None:
+def _done_before(cohort: _Cohort, work: Work) -> CaseResult | None:
     """The result of an earlier call that still holds."""
-    target, earlier = cohort.folder / mask_name(case), cohort.earlier
+    case, target, earlier = work.case, work.target, cohort.earlier
     names = [shown_name(case.case_id, show_names=show) for show in (False, True)]
     known = next((earlier[name] for name in names if name in earlier), None)
-    key = "" if known is None else case_key(case, case_digest(case), cohort.settings)
+    if known is None:
+        return None
+    work.digest = case_digest(case)
+    key = case_key(case, work.digest, cohort.settings)
     mask = current_mask(known, key, (target, no_findings_file(target)))
     quality = read_quality(quality_file(target))
     saved = all(model.facts.weights_sha256 for model in cohort.models)
-    if known is None or mask is None or quality is None or not saved:
+    if mask is None or quality is None or not saved:
         return None
     if known.volumes_ml.keys() != {label.name for label in cohort.models[0].facts.plan.labels}:
         return None  # a line that somebody changed

@@ -24,6 +24,7 @@ from torch import Tensor
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, Vox3
 from tokenseg.data.coarse import coarse_image
+from tokenseg.data.orientation import from_rows, in_row_order, to_rows
 from tokenseg.data.preprocess import Rows, rows_of
 from tokenseg.data.resampling import axis_between, between, interpolated
 from tokenseg.errors import ConfigError
@@ -88,7 +89,7 @@ def predict_full(model: Model, image: ImageArray) -> Steered:
 def _predict(model: Model, image: ImageArray, *, full: bool) -> Steered:
     rows = rows_of(image)
     route = choose_route(model, rows, full=full)
-    answers = logits_rows(model, route, slice(0, rows.shape[rows.order[1]]))
+    answers = logits_rows(model, route, slice(0, rows.size[1]))
     return Steered(gathered(answers, rows), route.windows_run, route.windows_full)
 
 
@@ -128,7 +129,7 @@ def logits_rows(model: Model, route: Route, stretch: slice) -> Iterator[Float[Te
         return
     image, wanted = route.image, route.image.stretch(stretch)
     spread = _Spread(route.coarse, plan.coarse_factor, image.rows, wanted)
-    ramps, depth = ramps_of(route.corners, image.rows, plan.window_vox), image.rows.shape[image.rows.order[2]]
+    ramps, depth = ramps_of(route.corners, image.rows, plan.window_vox), image.rows.size[2]
     sums = window_rows(forward, image.rows, plan.window_vox, route.corners, wanted)
     for number, total in enumerate(sums):
         if image.holds(number):
@@ -148,22 +149,19 @@ def look_coarsely(model: Model, image: Rows) -> Float[Tensor, "L Xc Yc Zc"]:
     plan = model.facts.plan
     if plan.coarse_factor is None:
         raise ConfigError(f"model {model.facts.name!r} was trained without coarse views; run all windows")
-    view = _coarse_view(image, plan.coarse_factor)
-    padded = pad_rows(rows_of(view), plan.window_vox)
-    logits = full_rows(forward_of(model), padded, plan, None, slice(0, view.shape[padded.rows.order[1] + 1]))
-    return gathered(logits, padded.rows)
+    view = rows_of(_coarse_view(image, plan.coarse_factor))
+    padded = pad_rows(view, plan.window_vox)
+    return gathered(full_rows(forward_of(model), padded, plan, None, slice(0, view.size[1])), view)
 
 
 def _coarse_view(image: Rows, factor: Vox3) -> ImageArray:
     """`coarse_image` of rows, a coarse row at a time."""
-    first, second, third = image.order
-    turned = factor[first], factor[second], factor[third]
-    count = image.shape[first]
+    turned, count = in_row_order(factor, image.order), image.size[0]
     rows = [
         coarse_image(image.read(at, min(at + turned[0], count)).numpy(), turned) for at in range(0, count, turned[0])
     ]
-    back = [image.order.index(axis) + 1 for axis in range(3)]
-    return np.ascontiguousarray(np.concatenate(rows, axis=1).transpose(0, *back))
+    whole = from_rows(torch.from_numpy(np.concatenate(rows, axis=1)), image.order)
+    return whole.contiguous().numpy()
 
 
 def kept_voxels(
@@ -237,8 +235,7 @@ def ramps_of(corners: Sequence[Corner], image: Rows, window: Vox3) -> list[Ramps
     ramps = []
     for corner in corners:
         first, second, third = (_ramp(corner[axis], image.shape[axis], window[axis]) for axis in image.order)
-        row, b, c = (corner[axis] for axis in image.order)
-        ramps.append(Ramps((row, b, c), (first, second, third)))
+        ramps.append(Ramps(in_row_order(corner, image.order), (first, second, third)))
     return ramps
 
 
@@ -309,13 +306,12 @@ class _Spread:
     """Coarse logits, interpolated linearly to full spacing row by row."""
 
     def __init__(self, logits: Float[Tensor, "L Xc Yc Zc"], factor: Vox3, image: Rows, stretch: slice) -> None:
-        first, second, third = image.order
         along, across, deep = (
             axis_between(logits.shape[axis + 1], logits.shape[axis + 1] * factor[axis]) for axis in image.order
         )
         self._along = along
-        self._across = across.part(stretch.start, stretch.stop), deep.part(0, image.shape[third])
-        self._coarse = logits.permute(first + 1, 0, second + 1, third + 1)
+        self._across = across.part(stretch.start, stretch.stop), deep.part(0, image.size[2])
+        self._coarse = to_rows(logits, image.order).unbind(dim=1)
 
     def row(self, number: int) -> Float[Tensor, "L b c"]:
         low, high, share = (values[number] for values in self._along[:3])

@@ -42,7 +42,7 @@ from tokenseg.config import (
 )
 from tokenseg.data.cases import Case, Dataset, Split, first_few
 from tokenseg.data.datasets import open_dataset
-from tokenseg.data.fingerprint import Fingerprint, label_volumes_ml, take_fingerprint
+from tokenseg.data.fingerprint import CaseFingerprint, Fingerprint, label_volumes_ml, take_fingerprint
 from tokenseg.data.planner import make_plan
 from tokenseg.data.splits import split_folds
 from tokenseg.data.suitability import InputFacts, summarise_inputs
@@ -162,7 +162,8 @@ def train(
             return None
         model = Model(network.eval(), _facts(setup), fabric.device)
         quality = calibrate(model, _validation_cases(setup), setup.dataset, progress)
-        quality = quality.model_copy(update={"volumes_ml": _volumes_ml(setup, run_path)})
+        volumes_ml = label_volumes_ml(_training_cases(setup, run_path), plan.labels)
+        quality = quality.model_copy(update={"volumes_ml": volumes_ml})
         model = replace(model, facts=model.facts.model_copy(update={"quality": quality}))
         evaluation = _validate(model, setup, run_path, progress)
         facts = _facts(setup, total_steps, evaluation).model_copy(update={"quality": quality})
@@ -240,12 +241,17 @@ def _fingerprint(dataset: Dataset, run_path: Path, progress: Progress) -> Finger
 
 def _inputs(setup: _Setup, run_path: Path) -> InputFacts | None:
     """What the training scans are like; None where the fingerprint that an earlier version left does not tell."""
+    training = _training_cases(setup, run_path)
+    return summarise_inputs(training, setup.dataset.source_channels) if training else None
+
+
+def _training_cases(setup: _Setup, run_path: Path) -> list[CaseFingerprint]:
+    """Fingerprints of the training cases; none where there is no file, or one of an earlier version."""
     try:
         fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
     except (OSError, ValueError):
-        return None
-    training = [case for case in fingerprint.cases if case.case_id in setup.split.train]
-    return summarise_inputs(training, setup.dataset.source_channels) if training else None
+        return []
+    return [case for case in fingerprint.cases if case.case_id in setup.split.train]
 
 
 def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setup:
@@ -352,16 +358,6 @@ def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -
     write_json(folder / "scores.json", evaluation)
     write_csv(folder / "scores.csv", evaluation)
     return evaluation
-
-
-def _volumes_ml(setup: _Setup, run_path: Path) -> dict[str, tuple[float, float]]:
-    try:
-        fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
-    except (OSError, ValueError):
-        return {}  # for the same reason as in `_inputs`
-    return label_volumes_ml(
-        [case for case in fingerprint.cases if case.case_id in setup.split.train], setup.config.plan.labels
-    )
 
 
 def _validation_cases(setup: _Setup) -> list[Case]:

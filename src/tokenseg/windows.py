@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, Vox3
+from tokenseg.data.orientation import from_rows, in_row_order, to_rows
 from tokenseg.data.preprocess import Rows, rows_of
 from tokenseg.device import autocast
 from tokenseg.shapes import Forward, ImageArray, Images, Logits
@@ -79,7 +80,7 @@ def predict_logits(forward: Forward, image: ImageArray, plan: Plan) -> Float[Ten
     rows = rows_of(image)
     padded = pad_rows(rows, plan.window_vox)
     corners = window_corners(padded.rows.shape, plan)
-    return gathered(full_rows(forward, padded, plan, corners, slice(0, rows.shape[rows.order[1]])), rows)
+    return gathered(full_rows(forward, padded, plan, corners, slice(0, rows.size[1])), rows)
 
 
 def full_rows(
@@ -107,9 +108,7 @@ def full_rows(
 
 def gathered(answers: Iterator[Float[Tensor, "L b c"]], image: Rows) -> Float[Tensor, "L X Y Z"]:
     """Put all rows of an answer together, with the axes of the image in their places."""
-    turned = torch.stack(list(answers), dim=1)
-    back = sorted(range(3), key=image.order.__getitem__)
-    return turned.permute(0, *(place + 1 for place in back))
+    return from_rows(torch.stack(list(answers), dim=1), image.order)
 
 
 def pad_rows(image: Rows, window: Vox3) -> PaddedRows:
@@ -126,7 +125,7 @@ def pad_rows(image: Rows, window: Vox3) -> PaddedRows:
             padded[:, low - first : high - first, y, z] = image.read(low - x.start, high - x.start)
         return padded
 
-    is_large = (rows, b, c) == _turned(image.shape, image.order)
+    is_large = (rows, b, c) == image.size
     padded = Rows((sizes[0], sizes[1], sizes[2]), image.order, image.num_channels, image.read if is_large else read)
     return PaddedRows(padded, (x, y, z))
 
@@ -179,10 +178,10 @@ def window_rows(
     Returns:
         Every row of the image, in order: zeros where no window lies, None for a row that none reaches.
     """
-    length, width, depth = _turned(window, image.order)
-    turned = [_turned(corner, image.order) for corner in in_order(corners, image.order)]
+    length, width, depth = in_row_order(window, image.order)
+    turned = [in_row_order(corner, image.order) for corner in in_order(corners, image.order)]
     met = [corner for corner in turned if corner[1] < stretch.stop and corner[1] + width > stretch.start]
-    num_rows, _, whole_depth = _turned(image.shape, image.order)
+    num_rows, _, whole_depth = image.size
     sums = _RowSums(length, whole_depth, stretch)
     held = _HeldRows(
         image, length, slice(min((c[1] for c in met), default=0), max((c[1] for c in met), default=0) + width)
@@ -194,33 +193,20 @@ def window_rows(
             yield sums.take(given)
             given += 1
         seen = held.read(row)[:, :, b - held.across.start : b - held.across.start + width, c : c + depth]
-        logits = forward(_untwisted(seen, image.order)[None])[0]
-        sums.add(logits.permute(0, *(axis + 1 for axis in image.order)), weight, (row, b, c))
+        logits = forward(from_rows(seen, image.order)[None].contiguous())[0]
+        sums.add(to_rows(logits, image.order), weight, (row, b, c))
     for number in range(given, num_rows):
         yield sums.take(number)
 
 
 def in_order(corners: Sequence[Corner], order: Vox3) -> list[Corner]:
     """Windows in the order in which they run: by their first rows."""
-    return sorted(corners, key=lambda corner: _turned(corner, order))
+    return sorted(corners, key=lambda corner: in_row_order(corner, order))
 
 
 def _one_pass(forward: Forward, image: Rows) -> Iterator[Float[Tensor, "L b c"]]:
-    rows = image.read(0, image.shape[image.order[0]])
-    logits = forward(_untwisted(rows, image.order)[None])[0]
-    first, second, third = (axis + 1 for axis in image.order)
-    yield from logits.permute(first, 0, second, third)
-
-
-def _turned(sizes: Vox3, order: Vox3) -> Vox3:
-    """Sizes along X, Y, Z in the order of the rows."""
-    first, second, third = order
-    return sizes[first], sizes[second], sizes[third]
-
-
-def _untwisted(rows: Float[Tensor, "C n b c"], order: Vox3) -> Float[Tensor, "C X Y Z"]:
-    """Rows with their axes back in the order X, Y, Z."""
-    return rows.permute(0, *(order.index(axis) + 1 for axis in range(3))).contiguous()
+    whole = from_rows(image.read(0, image.size[0]), image.order)
+    yield from to_rows(forward(whole[None].contiguous())[0], image.order).unbind(dim=1)
 
 
 class _HeldRows:

@@ -10,17 +10,16 @@ import torch
 from jaxtyping import Float
 
 from tokenseg.benchmark.networks import TOKENSEG, make_plan
-from tokenseg.data.preprocess import prepare_image
-from tokenseg.data.restore import restore_logits
+from tokenseg.checkpoint import Model, ModelFacts
 from tokenseg.data.volume import Volume, read_volume, write_mask, write_volume
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenSeg
+from tokenseg.predict import segment_in_slabs
 from tokenseg.stopwatch import Stopwatch
-from tokenseg.windows import predict_logits, torch_forward
 
 SCAN_VOX = (256, 256, 160)
 SPACING_MM = 0.7
-STAGES = ("load", "resample", "network", "resample back", "save")
+STAGES = ("load", "resample", "network", "quality", "resample back", "save")
 
 
 def stage_seconds(
@@ -46,7 +45,8 @@ def stage_seconds(
     if name not in TOKENSEG:
         raise ConfigError(f"end to end is measured with TokenSeg, not with {name}; name one first")
     plan = make_plan(scan_vox)
-    forward = torch_forward(TokenSeg(TOKENSEG[name], plan).eval().to(device), device)
+    facts = ModelFacts(name=name, plan=plan, network=TOKENSEG[name])
+    model = Model(TokenSeg(TOKENSEG[name], plan).eval().to(device), facts, device)
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
     with tempfile.TemporaryDirectory() as folder:
         scan, mask = Path(folder) / "scan.nii.gz", Path(folder) / "mask.nii.gz"
@@ -57,12 +57,7 @@ def stage_seconds(
             watch = Stopwatch()
             with watch.stage("load"):
                 volume = read_volume(scan, plan.source_channels)
-            with watch.stage("resample"):
-                prepared = prepare_image(volume, plan)
-            with watch.stage("network"):
-                logits = predict_logits(forward, prepared.image, plan)
-            with watch.stage("resample back"):
-                restore_logits(logits, prepared.record, plan)
+            segment_in_slabs([model], volume, watch, full=False, num_slabs=1)
             with watch.stage("save"):
                 write_mask(mask, mask_array, volume)
             if number:

@@ -1,4 +1,4 @@
-"""Stored axes and RAS+ axes: turning arrays from one order to the other and back, as views."""
+"""Orders of axes, stored, RAS+ and that of rows: turning arrays from one to another and back, as views."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from nibabel.orientations import io_orientation
+from torch import Tensor
 
 from tokenseg.shapes import Affine
 
@@ -41,6 +42,26 @@ def to_canonical(
     axes, flipped = orientation(affine)
     right, anterior, superior = (float(np.linalg.norm(affine[:3, stored])) for stored in np.argsort(axes))
     return turn_to_ras(array, axes, flipped), (right, anterior, superior)
+
+
+def row_order(shape: Shape3) -> Shape3:
+    """Axes from the one with most voxels to the one with fewest: rows are planes across the first."""
+    return shape3(sorted(range(3), key=lambda axis: -shape[axis]))
+
+
+def in_row_order(sizes: Shape3, order: Shape3) -> Shape3:
+    """Three numbers along X, Y, Z in the order of the rows."""
+    return shape3(sizes[axis] for axis in order)
+
+
+def to_rows(image: Float[Tensor, "C X Y Z"], order: Shape3) -> Float[Tensor, "C a b c"]:
+    """Turn an image so that its rows come first (a view)."""
+    return image.permute(0, *(axis + 1 for axis in order))
+
+
+def from_rows(rows: Float[Tensor, "C a b c"], order: Shape3) -> Float[Tensor, "C X Y Z"]:
+    """Undo `to_rows` (a view)."""
+    return rows.permute(0, *(order.index(axis) + 1 for axis in range(3)))
 
 
 def shape3(sizes: Iterable[Any]) -> Shape3:

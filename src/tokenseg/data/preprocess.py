@@ -18,8 +18,18 @@ from jaxtyping import Bool, Float, Integer, UInt8
 from torch import Tensor
 
 from tokenseg.config import Plan
+from tokenseg.data.boxes import box_of_planes
 from tokenseg.data.intensities import Scaling, channel_terms, check_channels, find_scalings
-from tokenseg.data.orientation import Shape3, orientation, shape3, turn_to_ras
+from tokenseg.data.orientation import (
+    Shape3,
+    from_rows,
+    in_row_order,
+    orientation,
+    row_order,
+    shape3,
+    to_rows,
+    turn_to_ras,
+)
 from tokenseg.data.resampling import axis_between, between, interpolated, resampled
 from tokenseg.data.volume import Mask, Volume
 from tokenseg.errors import DataError, GeometryError
@@ -69,7 +79,7 @@ class GridRecord:
 
         It follows from the grid alone, like all that decides in which order a scan is computed.
         """
-        return shape3(sorted(range(3), key=lambda axis: -self.grid_shape[axis]))
+        return row_order(self.grid_shape)
 
     @property
     def kept_box(self) -> tuple[slice, slice, slice]:
@@ -101,6 +111,11 @@ class Rows:
     order: Shape3
     num_channels: int
     read: Callable[[int, int], Float[Tensor, "C n b c"]]
+
+    @property
+    def size(self) -> Shape3:
+        """Number of rows, and voxels of a row along both of its axes."""
+        return in_row_order(self.shape, self.order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +159,7 @@ def open_scan(volume: Volume, plan: Plan, *, covering: Mask | None = None) -> Op
                 for term in channel_terms(expression, volume)
             ],
             scaling,
-            shape3(record.grid_shape[axis] for axis in order),
+            in_row_order(record.grid_shape, order),
         )
         for expression, scaling in zip(plan.channels, find_scalings(volume, plan), strict=True)
     ]
@@ -158,15 +173,14 @@ def open_scan(volume: Volume, plan: Plan, *, covering: Mask | None = None) -> Op
 def rows_of(image: ImageArray) -> Rows:
     """An image at hand as rows, in the order of a scan of its size."""
     shape = shape3(image.shape[1:])
-    order = shape3(sorted(range(3), key=lambda axis: -shape[axis]))
-    turned = torch.from_numpy(image).permute(0, *(axis + 1 for axis in order))
+    order = row_order(shape)
+    turned = to_rows(torch.from_numpy(image), order)
     return Rows(shape, order, len(image), lambda first, stop: turned[:, first:stop])
 
 
 def whole_image(rows: Rows) -> ImageArray:
     """Read all rows, and put the axes back in their places."""
-    turned = rows.read(0, rows.shape[rows.order[0]]).numpy()
-    return np.ascontiguousarray(turned.transpose(0, *(place + 1 for place in np.argsort(rows.order))))
+    return from_rows(rows.read(0, rows.size[0]), rows.order).contiguous().numpy()
 
 
 class _Channel:
@@ -267,22 +281,19 @@ def grid_shape(crop_shape: Sequence[int], spacing_mm: tuple[float, float, float]
 def _crop_box(volume: Volume, covering: Mask | None) -> tuple[Shape3, Shape3]:
     """First and one past the last voxel of what is not border, along the stored axes."""
     shape = shape3(volume.array.shape[1:])
-    hits: list[Bool[np.ndarray, " n"]] = [np.zeros(count, bool) for count in shape]
     least = [min(float(channel[:, :, z].min()) for z in range(shape[2])) for channel in volume.array]
     corners = np.ix_((0, -1), (0, -1), (0, -1))
     if any((channel[corners] != low).any() for channel, low in zip(volume.array, least, strict=True)):
         return (0, 0, 0), shape
-    for z in range(shape[2]):
-        kept = np.zeros(shape[:2], bool) if covering is None else covering.array[:, :, z] != 0
-        for channel, low in zip(volume.array, least, strict=True):
-            kept |= channel[:, :, z] != low
-        hits[0] |= kept.any(axis=1)
-        hits[1] |= kept.any(axis=0)
-        hits[2][z] = kept.any()
-    if not hits[2].any():
+
+    def kept(z: int) -> Bool[np.ndarray, "X Y"]:
+        wanted = [channel[:, :, z] != low for channel, low in zip(volume.array, least, strict=True)]
+        return reduce(np.logical_or, wanted if covering is None else [*wanted, covering.array[:, :, z] != 0])
+
+    box = box_of_planes(kept(z) for z in range(shape[2]))
+    if box is None:
         return (0, 0, 0), shape
-    ends = [np.flatnonzero(hit) for hit in hits]
-    return shape3(end[0] for end in ends), shape3(end[-1] + 1 for end in ends)
+    return shape3(side.start for side in box), shape3(side.stop for side in box)
 
 
 def _to_ras(

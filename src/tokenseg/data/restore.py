@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from tokenseg.config import Label, Plan
+from tokenseg.data.boxes import box_of
 from tokenseg.data.orientation import turn_to_ras
 from tokenseg.data.preprocess import GridRecord, largest
 from tokenseg.data.resampling import Axis, axis_between, between, interpolated
@@ -146,14 +147,6 @@ def _paint(
     dtype = torch.uint8 if plane.dtype == np.uint8 else torch.int32
     painted = _painted(resampled, values, dtype) if plan.regions else largest(resampled, [0, *values], dtype)
     plane[tuple(touched)] = painted.numpy()
-
-
-def box_of(found: Bool[np.ndarray, "b c"]) -> tuple[slice, slice] | None:
-    """The rectangle around all that is true; None where nothing is."""
-    if not found.any():
-        return None
-    first, second = (np.flatnonzero(found.any(axis=axis)) for axis in (1, 0))
-    return slice(int(first[0]), int(first[-1]) + 1), slice(int(second[0]), int(second[-1]) + 1)
 
 
 def _painted(logits: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "*shape"]:

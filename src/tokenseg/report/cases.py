@@ -103,8 +103,13 @@ def segmentation_views(
     by_id = {case.case_id: case for case in cases}
     return [
         _segmented_view(result, by_id[result.case_id], plan, (tokens or {}).get(result.case_id))
-        for result in [each for each in worst_results_first(results) if each.mask is not None][:MAX_SEGMENTED_SHOWN]
+        for result in segmented_worst_first(results)[:MAX_SEGMENTED_SHOWN]
     ]
+
+
+def segmented_worst_first(results: Sequence[CaseResult]) -> list[CaseResult]:
+    """`worst_results_first` of those with a mask."""
+    return [result for result in worst_results_first(results) if result.mask is not None]
 
 
 def worst_results_first(results: Sequence[CaseResult]) -> list[CaseResult]:

@@ -20,6 +20,7 @@ from tokenseg.privacy import shown_name
 from tokenseg.report.cases import (
     evaluation_views,
     segmentation_views,
+    segmented_worst_first,
     select_cases,
     token_boxes,
     worst_results_first,
@@ -169,8 +170,7 @@ def tokens_of_worst(model: Model, results: Sequence[CaseResult], cases: Sequence
     if not model.facts.network.tokens:
         return []
     by_id = {case.case_id: case for case in cases}
-    segmented = [result for result in worst_results_first(results) if result.mask is not None]
-    shown = [by_id[result.case_id] for result in segmented[:MAX_TOKENS_SHOWN]]
+    shown = [by_id[result.case_id] for result in segmented_worst_first(results)[:MAX_TOKENS_SHOWN]]
     return [report_tokens(model, read_input(case, model.facts.plan), case.case_id) for case in shown]
 
 
