@@ -29,15 +29,15 @@ FORKING := tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py
 # Several steps, since the data of all processes must be joined before the floor of 90 % (pyproject.toml) is checked.
 test: $(READY)  ## Run the tests with branch coverage and its floor
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(filter-out $(APART) $(FORKING),$(wildcard tests/test_*.py))
+	$(BIN)/python -m coverage run -m pytest -m "not long" $(filter-out $(APART) $(FORKING),$(wildcard tests/test_*.py))
 	$(BIN)/python -m coverage run -m pytest -m "not long" $(FORKING)
 	$(BIN)/python -m coverage run -m pytest tests/test_engine.py
 	$(BIN)/python -m coverage run -m pytest tests/test_pack_builtin.py
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-long: $(READY)  ## Run the tests that take minutes: thousands of damaged files, commands killed often
-	$(BIN)/python -m pytest -m long $(FORKING)
+long: $(READY)  ## Run the tests that take minutes: thousands of damaged files, commands killed often, a cluster
+	$(BIN)/python -m pytest -m long $(FORKING) tests/test_cluster.py
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check

@@ -26,7 +26,7 @@ FLAGS = {
     ("demo",): {"--help"},
     ("segment",): {
         *("--help", "--model", "--folds", "--device", "--engine", "--threads", "--full", "--report", "--profile"),
-        *("--series", "--empty-seg", "--shard", "--max-memory", "--show-names"),
+        *("--series", "--empty-seg", "--shard", "--max-memory", "--show-names", "--probabilities"),
     },
     ("check",): {"--help", "--fix", "--json", "--pictures"},
     ("evaluate",): {"--help", "--json", "--csv", "--report", "--tolerance-mm"},

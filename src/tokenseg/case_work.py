@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from tokenseg.data.restore import painted_values
 from tokenseg.data.suitability import check_input
 from tokenseg.data.volume import Volume
 from tokenseg.errors import TokenSegError
-from tokenseg.files import write_atomically
+from tokenseg.files import replaced_on_success, write_atomically
 from tokenseg.memory import MemoryPlan, parse_memory, plan_memory
-from tokenseg.outputs import CaseResult, no_findings_file, quality_file, write_output
+from tokenseg.outputs import CaseResult, no_findings_file, probabilities_file, quality_file, write_output
 from tokenseg.predict import Segmented, segment_in_slabs
 from tokenseg.privacy import shown_name, without_names
 from tokenseg.progress import Progress
@@ -143,9 +143,16 @@ def _memory_of(work: Work, models: Sequence[Model]) -> MemoryPlan:
 def _segment(work: Work, models: Sequence[Model]) -> None:
     if work.volume is None or work.memory is None:
         raise ValueError("read the case first")
-    work.segmented = segment_in_slabs(
-        models, work.volume, work.watch, full=work.options.full, num_slabs=work.memory.num_slabs
-    )
+    path = probabilities_file(work.target)
+    with replaced_on_success(path) if work.options.probabilities else nullcontext() as probabilities:
+        work.segmented = segment_in_slabs(
+            models,
+            work.volume,
+            work.watch,
+            full=work.options.full,
+            num_slabs=work.memory.num_slabs,
+            probabilities=probabilities,
+        )
 
 
 def _note(work: Work, text: str, progress: Progress) -> None:
@@ -170,6 +177,8 @@ def _write(work: Work, models: Sequence[Model]) -> None:
     with work.watch.stage("save"):
         place = write_output(work.target, mask, volume, models[0], work.options)
         write_atomically(quality_file(work.target), quality.model_dump_json(indent=1).encode())
+        if not work.options.probabilities:  # those of an earlier call are not of this mask
+            probabilities_file(work.target).unlink(missing_ok=True)
     work.mask_sha256 = file_digest([DicomFile(place)])
     work.result = CaseResult(
         work.case.case_id,
@@ -188,7 +197,7 @@ def _remove_earlier(work: Work) -> None:
     """What an earlier call left in the folder of a cohort would pass for a result of this one."""
     if work.alone:
         return
-    places = [work.target, quality_file(work.target)]
+    places = [work.target, quality_file(work.target), probabilities_file(work.target)]
     places += [no_findings_file(work.target)] if work.case.exam is not None else []
     for path in places:
         with suppress(OSError):

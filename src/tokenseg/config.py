@@ -249,8 +249,7 @@ class SegmentOptions:
     full: bool = False
     """Run all windows of large scans, also where the model was trained to choose among them."""
     series: str = ""
-    """DICOM: the series to segment, by its UID or a part of its description; of a DCE exam, a part that all phases
-    share. Needed only where several could be meant."""
+    """DICOM with several series: the one to segment, by UID or a part of its description that DCE phases share."""
     empty_seg: bool = False
     """DICOM: of an exam without findings write an all-background segmentation, not a JSON file that says so."""
     shard: str = ""
@@ -259,6 +258,8 @@ class SegmentOptions:
     """Call cases by name, not by a hash of it, in logs, status, manifest, quality files and report."""
     max_memory: str = ""
     """Memory that the process may take, such as 4GB; without it, what is free. The mask is the same."""
+    probabilities: bool = False
+    """Write CASE_probabilities.npy too: float16 (labels, X, Y, Z) in the mask's axes, background first."""
 
     def part(self) -> tuple[int, int]:
         """Number and count of the shard; (1, 1) without one.
@@ -391,8 +392,7 @@ def parse_settings(kind: type[SettingsT], values: object, *, source: str) -> Set
 def write_run_config(path: Path, config: RunConfig) -> None:
     """Write the whole configuration as TOML that a person can edit and pass back with `--config`."""
     header = "# TokenSeg run configuration. Edit it and pass it back: tokenseg train DATASET RUN --config THIS_FILE\n\n"
-    text = header + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))  # TOML has no null
-    write_atomically(path, text.encode())
+    write_atomically(path, (header + tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))).encode())
 
 
 def read_run_config(path: Path) -> RunConfig:

@@ -33,7 +33,7 @@ from tokenseg.quality import CaseQuality, is_quality
 from tokenseg.shapes import MaskArray
 
 SUMMARY_NAME, STATUS_NAME, MANIFEST_NAME = "summary.csv", "status.jsonl", "manifest.json"
-_QUALITY_ENDING, _MANIFEST_ENDING = "_qc.json", "_manifest.json"
+_QUALITY_ENDING, _MANIFEST_ENDING, _PROBABILITIES_ENDING = "_qc.json", "_manifest.json", "_probabilities.npy"
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ def manifest_file(mask: Path) -> Path:
     return mask.with_name(_stem(mask) + _MANIFEST_ENDING)
 
 
+def probabilities_file(mask: Path) -> Path:
+    """Where the probabilities behind a mask are, if they are asked for."""
+    return mask.with_name(_stem(mask) + _PROBABILITIES_ENDING)
+
+
 def _stem(mask: Path) -> str:
     if mask.name.endswith(IMAGE_ENDINGS):
         return image_stem(mask)
@@ -143,6 +148,8 @@ def check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> No
         raise FileError(f"{words} is in the way: where nothing is found, it would be overwritten; name another output")
     beside = [quality_file(output), manifest_file(output)]
     foreign = [path for path in beside if path.exists() and not is_manifest(path) and not is_quality(path)]
+    numbers = probabilities_file(output)
+    foreign += [numbers] if numbers.exists() and not quality_file(output).exists() else []
     if foreign:
         raise FileError(f"{foreign[0]} is in the way, not written by `tokenseg segment`; name another output")
     check_writable(output.parent, output)
@@ -158,7 +165,7 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
         raise FileError(f"output {output} must be a folder, since the input is a folder")
     # Whoever names the folder of the images, or of reference masks, would lose them.
     targets = [(case.case_id, output / mask_name(case)) for case in cases]
-    targets += [(case_id, quality_file(path)) for case_id, path in targets]
+    targets += [(case_id, beside(path)) for case_id, path in targets for beside in (quality_file, probabilities_file)]
     targets += [(case_id, no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
     # Path.resolve raises where links make a loop.
     images = {os.path.realpath(path) for case in cases for path in case.images}

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenseg.checkpoint import Model
+from tokenseg.config import Plan
 from tokenseg.data.preprocess import GridRecord, Rows, open_scan
+from tokenseg.data.probabilities import ProbabilityFile
 from tokenseg.data.restore import empty_mask, restore_rows, slabs_of
 from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError, ModelError
@@ -63,7 +67,13 @@ class Segmented(NamedTuple):
 
 
 def segment_in_slabs(
-    models: Sequence[Model], volume: Volume, watch: Stopwatch, *, full: bool, num_slabs: int
+    models: Sequence[Model],
+    volume: Volume,
+    watch: Stopwatch,
+    *,
+    full: bool,
+    num_slabs: int,
+    probabilities: Path | None = None,
 ) -> Segmented:
     """Segment one volume; see `segment_volume`.
 
@@ -73,6 +83,10 @@ def segment_in_slabs(
         watch: Told of the time of each stage.
         full: Run all windows of a large scan.
         num_slabs: How many slabs to go through one after the other.
+        probabilities: File to write them to, see `ProbabilityFile`; None without.
+
+    Raises:
+        OSError: That file cannot be written.
     """
     check_ensemble(models)
     plan = models[0].facts.plan
@@ -85,16 +99,25 @@ def segment_in_slabs(
     # A temperature is that of one model; means of several are less sure already.
     meter = QualityMeter(plan, scan.record, models[0].facts.quality if len(models) == 1 else None)
     counted = 0
-    for slab in slabs_of(scan.record, num_slabs):
-        answers = [logits_rows(model, route, slab.grid) for model, route in zip(models, routes, strict=True)]
-        passing = _metered(_averaged(answers, models[0], watch), meter, slab.grid, counted, watch)
-        counted = slab.grid.stop
-        with watch.stage("resample back"):
-            restore_rows(passing, slab, scan.record, plan, mask)
-            for _ in passing:  # that no voxel of the mask needs; the meter does
-                pass
+    with _opened(probabilities, scan.record, plan, meter.temperature) as file:
+        for slab in slabs_of(scan.record, num_slabs):
+            answers = [logits_rows(model, route, slab.grid) for model, route in zip(models, routes, strict=True)]
+            passing = _metered(_averaged(answers, models[0], watch), meter, slab.grid, counted, watch)
+            counted = slab.grid.stop
+            with watch.stage("resample back"):
+                restore_rows(passing, slab, scan.record, plan, mask, file)
+                for _ in passing:  # that no voxel of the mask needs; the meter does
+                    pass
     windows = sum(route.windows_run for route in routes), sum(route.windows_full for route in routes)
     return Segmented(mask, *windows, scan.record, meter)
+
+
+def _opened(
+    path: Path | None, record: GridRecord, plan: Plan, temperature: float
+) -> AbstractContextManager[ProbabilityFile | None]:
+    if path is None:
+        return nullcontext()
+    return ProbabilityFile(path, record, plan.num_outputs, regions=plan.regions, temperature=temperature)
 
 
 def _metered(

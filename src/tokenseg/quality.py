@@ -84,7 +84,7 @@ class QualityMeter:
             known: With the temperature; None where there is none.
         """
         self._regions, self._known = plan.regions, known or QualityFacts()
-        self._temperature = self._known.temperature
+        self.temperature = self._known.temperature
         count = len(plan.labels)
         self._probability, self._mask, self._both = (np.zeros(count) for _ in range(3))
         self._foreground = self._unsure = 0.0
@@ -97,7 +97,7 @@ class QualityMeter:
 
     def add(self, number: int, row: Float[Tensor, "L b c"], first: int) -> None:
         """Count a row, or a stretch of it that begins at voxel `first` of the second axis."""
-        logits = row / self._temperature
+        logits = row / self.temperature
         box = box_of(self._suspected(logits).numpy())
         if box is None:  # sure background takes most of a scan, and no time
             return
@@ -187,7 +187,7 @@ class QualityMeter:
             cell_entropy=tuple(tuple(tuple(round(float(v), 4) for v in line) for line in plane) for plane in entropy),
             labels=labels,
             flags=(*warnings, *_volume_flags(labels)),
-            temperature=self._temperature,
+            temperature=self.temperature,
             calibrated=self._known.num_cases > 0,
         )
 

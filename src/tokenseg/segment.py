@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
 from tokenseg.case_work import Work, compute_mask, read_case, write_case
 from tokenseg.checkpoint import Model
-from tokenseg.config import SegmentOptions
+from tokenseg.config import Plan, SegmentOptions
 from tokenseg.data.cases import Case
 from tokenseg.data.formats import IMAGE_ENDINGS
 from tokenseg.data.inputs import input_size, list_inputs
-from tokenseg.errors import FileError, TokenSegError
-from tokenseg.files import remove_leftovers, write_atomically
+from tokenseg.errors import ConfigError, FileError, TokenSegError
+from tokenseg.files import write_atomically
+from tokenseg.ledger import Ledger, key_settings
 from tokenseg.memory import available_mib, parse_memory
-from tokenseg.outputs import (
-    MANIFEST_NAME,
-    STATUS_NAME,
-    SUMMARY_NAME,
-    CaseResult,
-    check_output_file,
-    check_output_folder,
-    manifest_file,
-    mask_name,
-    no_findings_file,
-    part_name,
-    quality_file,
-    summary,
-)
+from tokenseg.outputs import CaseResult, check_output_file, check_output_folder, manifest_file
 from tokenseg.predict import check_ensemble
-from tokenseg.privacy import shown_name
 from tokenseg.progress import Progress, Silent
 from tokenseg.provenance import segment_manifest
-from tokenseg.quality import read_quality
-from tokenseg.status import CaseStatus, append_status, case_digest, case_key, current_mask, read_statuses
+from tokenseg.status import CaseStatus
 
-_SUMMARIES = 100
-"""How often the summary is written on the way, at most; each time as a whole."""
+Written: TypeAlias = Future[tuple[CaseResult, CaseStatus]]
+Compute: TypeAlias = Callable[[Ledger], None]
+"""Who does the cases of a cohort that are left."""
 
 _AHEAD_SHARE = 1 / 8
 """The next scan is read while one is computed where it takes no more than this share of the free memory."""
@@ -56,6 +41,7 @@ def segment_files(
     *,
     options: SegmentOptions | None = None,
     command: str = "",
+    compute: Compute | None = None,
 ) -> list[CaseResult]:
     """Segment a file, a folder of cases, or a dataset; write masks and, for a folder, `summary.csv`.
 
@@ -71,6 +57,7 @@ def segment_files(
         progress: Told about each case.
         options: What else was asked for.
         command: For the manifest.
+        compute: Who does the cases of a folder; this process if not given.
 
     Raises:
         TokenSegError: Input or output cannot be used at all.
@@ -87,10 +74,14 @@ def segment_files(
         raise FileError(f"output {output_path} lies among the DICOM files of {input_path}; name another place")
     if (len(cases) == 1 and named_as_file) if is_dicom else (input_path.is_file() and input_path.suffix != ".csv"):
         check_output_file(output_path, input_path, endings)
+        if compute is not None:
+            raise ConfigError("a single scan needs no cluster: leave out --engine ray, or give a folder of cases")
         return [_segment_alone(models, cases[0], output_path, options, progress or Silent(), command)]
     check_output_folder(output_path, cases)
     cases = cases[part - 1 :: count]
-    return segment_cases(models, cases, output_path, progress or Silent(), options=options, command=command)
+    return segment_cases(
+        models, cases, output_path, progress or Silent(), options=options, command=command, compute=compute
+    )
 
 
 def segment_cases(
@@ -101,97 +92,60 @@ def segment_cases(
     *,
     options: SegmentOptions | None = None,
     command: str = "",
+    compute: Compute | None = None,
 ) -> list[CaseResult]:
-    """Segment cases into `folder`: `CASE` with the input's ending, and `CASE_qc.json`.
+    """Segment cases into `folder`: `CASE` with the input's ending, and `CASE_qc.json`; see `Ledger` for what else.
 
-    Beside the masks are `manifest.json`, `status.jsonl`, a line a case as it is done, and `summary.csv`, kept up to
-    date. Cases that an earlier call did from the same input with the same weights and settings are not done again.
+    Cases that an earlier call did from the same input with the same weights and settings are not done again.
     """
-    options = options or SegmentOptions()
-    status_path, summary_path = (folder / part_name(name, options) for name in (STATUS_NAME, SUMMARY_NAME))
-    plan = models[0].facts.plan
-    # Cases still to come stand in the summary too, so that an interrupted run does not pass for a complete one.
-    results = [CaseResult(case.case_id, None, {}, "not segmented yet") for case in cases]
-    if options.part()[1] == 1:  # other parts may be at work in this folder
-        remove_leftovers(folder)
-    write_atomically(summary_path, summary(results, plan))
-    write_atomically(folder / part_name(MANIFEST_NAME, options), segment_manifest(models, options, command))
-    cohort = _Cohort(models, folder, options, read_statuses(folder), _key_settings(models, options), progress)
-    progress.stage("segmenting", len(cases))
+    ledger = Ledger(models, cases, folder, progress, options or SegmentOptions(), command)
+    try:
+        (compute or compute_here)(ledger)
+    finally:
+        ledger.close()
+    return ledger.results
 
-    def finish(number: int, result: CaseResult, status: CaseStatus | None) -> None:
-        results[number] = result
-        if status is not None:
-            append_status(status_path, status)
-        if number % max(1, len(cases) // _SUMMARIES) == 0:
-            write_atomically(summary_path, summary(results, plan))
-        progress.advance(shown_name(cases[number].case_id, show_names=options.show_names))
 
-    # A thread reads ahead and another writes behind; results are taken in the order of the cases.
+def compute_here(ledger: Ledger) -> None:
+    """Do all cases that are left, one after the other; a thread reads ahead, another writes behind."""
+    models, options = ledger.models, ledger.options
+    written: list[tuple[int, Written]] = []
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        written: list[tuple[int, Future[tuple[CaseResult, CaseStatus]]]] = []
         try:
-            for number, begun in _one_ahead(_begin(cohort, cases, reader)):
-                if isinstance(begun, CaseResult):
-                    _take(written, finish)
-                    finish(number, begun, None)
-                    continue
+            for number, read in _one_ahead(_begin(ledger, reader)):
                 if options.max_memory:
-                    _take(written, finish)  # what is still being written would count
-                work = begun()
-                compute_mask(work, models, progress)
-                _take(written, finish)
+                    _take(written, ledger)  # what is still being written would count
+                work = read()
+                compute_mask(work, models, ledger.progress)
+                _take(written, ledger)
                 written.append((number, writer.submit(write_case, work, models)))
         finally:
-            _take(written, finish)  # also where somebody interrupts
-            write_atomically(summary_path, summary(results, plan))
-    return results
+            _take(written, ledger)  # also where somebody interrupts
 
 
-@dataclass(frozen=True, eq=False)
-class _Cohort:
-    """What all cases share."""
-
-    models: Sequence[Model]
-    folder: Path
-    options: SegmentOptions
-    earlier: Mapping[str, CaseStatus]
-    settings: Sequence[str]
-    progress: Progress
+def _begin(ledger: Ledger, reader: ThreadPoolExecutor) -> Iterator[tuple[int, Callable[[], Work]]]:
+    for number, work in ledger.left():
+        read = partial(_read, work, ledger)
+        yield number, reader.submit(read).result if _may_be_read_ahead(work, ledger.models[0].facts.plan) else read
 
 
-Begun: TypeAlias = CaseResult | Callable[[], Work]
-"""A case that was done before, or what gives its work with the scan read."""
-
-
-def _begin(cohort: _Cohort, cases: Sequence[Case], reader: ThreadPoolExecutor) -> Iterator[tuple[int, Begun]]:
-    for number, case in enumerate(cases):
-        work = Work(case, cohort.folder / mask_name(case), cohort.options)
-        known = _done_before(cohort, work)
-        if known is not None:
-            yield number, known
-            continue
-        read = partial(_read, work, cohort)
-        yield number, reader.submit(read).result if _may_be_read_ahead(cohort, work) else read
-
-
-def _read(work: Work, cohort: _Cohort) -> Work:
-    read_case(work, cohort.models, cohort.settings, cohort.progress)
+def _read(work: Work, ledger: Ledger) -> Work:
+    read_case(work, ledger.models, ledger.settings, ledger.progress)
     return work
 
 
-def _may_be_read_ahead(cohort: _Cohort, work: Work) -> bool:
+def _may_be_read_ahead(work: Work, plan: Plan) -> bool:
     free = available_mib()
-    if cohort.options.max_memory or free is None:
+    if work.options.max_memory or free is None:
         return False
     try:
-        work.size = input_size(work.case, cohort.models[0].facts.plan)
+        work.size = input_size(work.case, plan)
     except TokenSegError:
         return True  # whose error comes when it is read
     return math.prod(work.size.shape) * work.size.num_channels * 4 / 2**20 < _AHEAD_SHARE * free
 
 
-def _one_ahead(begun: Iterator[tuple[int, Begun]]) -> Iterator[tuple[int, Begun]]:
+def _one_ahead(begun: Iterator[tuple[int, Callable[[], Work]]]) -> Iterator[tuple[int, Callable[[], Work]]]:
     """Ask for the next before each is given."""
     waiting = next(begun, None)
     while waiting is not None:
@@ -199,60 +153,21 @@ def _one_ahead(begun: Iterator[tuple[int, Begun]]) -> Iterator[tuple[int, Begun]
         yield current
 
 
-def _take(
-    written: list[tuple[int, Future[tuple[CaseResult, CaseStatus]]]],
-    finish: Callable[[int, CaseResult, CaseStatus | None], None],
-) -> None:
+def _take(written: list[tuple[int, Written]], ledger: Ledger) -> None:
     while written:
         number, future = written[0]
         result, status = future.result()
         written.pop(0)  # not before: who interrupts the waiting loses nothing
-        finish(number, result, status)
+        ledger.finish(number, result, status)
 
 
 def _segment_alone(
     models: Sequence[Model], case: Case, target: Path, options: SegmentOptions, progress: Progress, command: str
 ) -> CaseResult:
     work = Work(case, target, options, alone=True)
-    read_case(work, models, _key_settings(models, options), progress)
+    read_case(work, models, key_settings(models, options), progress)
     compute_mask(work, models, progress)
     result, status = write_case(work, models)
     if result.mask is not None:
         write_atomically(manifest_file(target), segment_manifest(models, options, command, [status]))
     return result
-
-
-def _done_before(cohort: _Cohort, work: Work) -> CaseResult | None:
-    """The result of an earlier call that still holds."""
-    case, target, earlier = work.case, work.target, cohort.earlier
-    names = [shown_name(case.case_id, show_names=show) for show in (False, True)]
-    known = next((earlier[name] for name in names if name in earlier), None)
-    if known is None:
-        return None
-    work.digest = case_digest(case)
-    key = case_key(case, work.digest, cohort.settings)
-    mask = current_mask(known, key, (target, no_findings_file(target)))
-    quality = read_quality(quality_file(target))
-    saved = all(model.facts.weights_sha256 for model in cohort.models)
-    if mask is None or quality is None or not saved:
-        return None
-    if known.volumes_ml.keys() != {label.name for label in cohort.models[0].facts.plan.labels}:
-        return None  # a line that somebody changed
-    return CaseResult(
-        case.case_id,
-        mask,
-        known.volumes_ml,
-        windows_run=known.windows_run,
-        windows_full=known.windows_full,
-        warnings=known.warnings,
-        notes=known.notes,
-        quality=quality,
-    )
-
-
-def _key_settings(models: Sequence[Model], options: SegmentOptions) -> list[str]:
-    """All that a mask depends on besides the input."""
-    facts = [model.facts.model_dump_json() for model in models]  # the plan, and the fingerprint of the weights
-    engines = ["torch" if model.compiled is None else "openvino" for model in models]
-    wanted = [str(options.full), str(options.empty_seg), options.series]
-    return [version("tokenseg"), *facts, *engines, models[0].device.type, *wanted]

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -18,7 +18,9 @@ from tokenseg.terminal import Terminal, say
 
 if TYPE_CHECKING:
     from tokenseg.checkpoint import Model
+    from tokenseg.engine import EngineChoice
     from tokenseg.outputs import CaseResult
+    from tokenseg.segment import Compute
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class Segment:
     """Further run folders of the same plan; probabilities are averaged."""
     device: DeviceName = "auto"
     """Where to compute."""
-    engine: EngineName = "auto"
-    """What computes; auto: OpenVINO on a CPU where the extra `openvino` is installed, else torch."""
+    engine: EngineName | Literal["ray"] = "auto"
+    """What computes; auto: OpenVINO on a CPU where the extra `openvino` is installed, else torch; ray: either of them,
+    on all machines of a cluster (extra `cluster`)."""
     threads: int | None = None
-    """CPU threads; all cores if not given."""
+    """CPU threads, with ray of each worker; all cores if not given."""
     options: Annotated[SegmentOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SegmentOptions)
     report: Path | None = None
     """Write volumes, pictures and tokens as one HTML page here."""
@@ -61,12 +64,19 @@ class Segment:
         check_outputs(report=self.report)
         device = choose_device(self.device)
         models = [load_model(path, device) for path in (self.model, *self.folds)]
-        chosen = choose_engine(models, self.engine, threads=self.threads)
+        chosen = choose_engine(models, "auto" if self.engine == "ray" else self.engine, threads=self.threads)
         if chosen.problem:
             say(f"note: {chosen.problem}; torch computes")
+        compute = self._on_cluster(chosen) if self.engine == "ray" else None
         with Terminal() as terminal:
             results = segment_files(
-                chosen.models, self.input, self.output, terminal, options=self.options, command=self._command()
+                chosen.models,
+                self.input,
+                self.output,
+                terminal,
+                options=self.options,
+                command=self._command(),
+                compute=compute,
             )
         failed = [result for result in results if result.mask is None]
         if failed and not self.output.is_dir():  # one case, one file
@@ -75,6 +85,11 @@ class Segment:
         self._print(results, failed)
         self._write_report(models[0], results)
         return 1 if failed else 0
+
+    def _on_cluster(self, chosen: EngineChoice) -> Compute:
+        from tokenseg.cluster import on_cluster
+
+        return on_cluster((self.model, *self.folds), chosen, self.threads)
 
     def _command(self) -> str:
         """As it was given, but for paths, which may name patients; the rest is among the manifest's options."""

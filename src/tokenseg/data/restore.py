@@ -20,6 +20,7 @@ from tokenseg.config import Label, Plan
 from tokenseg.data.boxes import box_of
 from tokenseg.data.orientation import turn_to_ras
 from tokenseg.data.preprocess import GridRecord, largest
+from tokenseg.data.probabilities import ProbabilityFile
 from tokenseg.data.resampling import Axis, axis_between, between, interpolated
 from tokenseg.errors import GeometryError
 from tokenseg.shapes import MaskArray
@@ -60,7 +61,12 @@ def painted_values(label: Label, plan: Plan) -> list[int]:
 
 
 def restore_rows(
-    rows: Iterator[Float[Tensor, "L b c"]], slab: Slab, record: GridRecord, plan: Plan, mask: MaskArray
+    rows: Iterator[Float[Tensor, "L b c"]],
+    slab: Slab,
+    record: GridRecord,
+    plan: Plan,
+    mask: MaskArray,
+    probabilities: ProbabilityFile | None = None,
 ) -> None:
     """Paint a slab of a mask from the network's answers, in the user's label values.
 
@@ -73,6 +79,7 @@ def restore_rows(
         record: Of the scan.
         plan: The settings of the dataset.
         mask: From `empty_mask`; changed in place.
+        probabilities: Where they go, if they are wanted.
     """
     first, second, third = record.order
     target = turn_to_ras(mask, record.axes, record.flipped)[record.kept_box].transpose(record.order)[:, slab.crop]
@@ -85,13 +92,17 @@ def restore_rows(
     )
     held: dict[int, Float[Tensor, "L b c"]] = {}
     numbered = enumerate(rows)
-    for plane, low, high, share in zip(target, *(each.tolist() for each in along[:3]), strict=True):
+    steps = zip(target, *(each.tolist() for each in along[:3]), strict=True)
+    for line, (plane, low, high, share) in enumerate(steps):
         while high not in held:
             number, row = next(numbered)
             held[number] = row
         for number in [number for number in held if number < low]:
             del held[number]
-        _paint(plane, between(held[low], held[high], share), across, plan)
+        logits = between(held[low], held[high], share)
+        _paint(plane, logits, across, plan)
+        if probabilities is not None:
+            probabilities.write(line, slab.crop, torch.stack([interpolated(logit, across) for logit in logits]))
 
 
 def restore_logits(logits: Float[Tensor, "L Xp Yp Zp"], record: GridRecord, plan: Plan) -> MaskArray:
