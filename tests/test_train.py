@@ -213,6 +213,26 @@ def test_the_result_is_the_score_of_the_held_out_cases(dataset: Path, options: T
     assert any(text.startswith("plan: spacing_mm: median of 5 cases") for text in told.messages)
 
 
+def test_what_shows_only_across_cases_is_said_before_the_training(
+    dataset: Path, options: TrainOptions, tmp_path: Path
+) -> None:
+    twice = tmp_path / "twice"
+    shutil.copytree(dataset, twice)
+    shutil.copy(twice / "imagesTr" / "case_001.nii.gz", twice / "imagesTr" / "case_003.nii.gz")
+    image = nib.load(twice / "imagesTr" / "case_004.nii.gz")
+    affine = image.affine @ np.diag([5, 5, 5, 1])
+    for folder in ("imagesTr", "labelsTr"):
+        values = np.asanyarray(nib.load(twice / folder / "case_004.nii.gz").dataobj)
+        nib.save(nib.Nifti1Image(values, affine), twice / folder / "case_004.nii.gz")
+    told = Told("training", 1)
+    with pytest.raises(KeyboardInterrupt):
+        train(twice, tmp_path / "run", options, told)
+    warnings = [text for text in told.messages if text.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("warning: case_001: the same image as in case_003; keep one")
+    assert warnings[1].startswith("warning: case_004: voxels of 5 x 5 x 5 mm, in the median case 1 x 1 x 1")
+
+
 def test_all_cases_can_be_trained_on(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
     told = Told()
     result = train(dataset, tmp_path / "run", replace(options, fold="all", max_steps=1), told)

@@ -42,6 +42,7 @@ from tokenseg.config import (
 )
 from tokenseg.data.cases import Case, Dataset, Split, first_few
 from tokenseg.data.datasets import open_dataset
+from tokenseg.data.findings import compare_cases
 from tokenseg.data.fingerprint import CaseFingerprint, Fingerprint, label_volumes_ml, take_fingerprint
 from tokenseg.data.planner import make_plan
 from tokenseg.data.splits import split_folds
@@ -236,6 +237,8 @@ def _fingerprint(dataset: Dataset, run_path: Path, progress: Progress) -> Finger
     progress.stage("reading", len(dataset.cases))
     fingerprint = take_fingerprint(dataset, lambda done, _: progress.advance(dataset.cases[done - 1].case_id))
     write_atomically(run_path / "fingerprint.json", fingerprint.model_dump_json(indent=1).encode())
+    for finding in compare_cases(fingerprint.cases):
+        progress.message(f"{finding.severity}: {finding.case_id}: {finding.text}; {finding.mend}")
     return fingerprint
 
 

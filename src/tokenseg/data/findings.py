@@ -7,7 +7,6 @@ cannot be opened at all (its `dataset.json`, files that are missing) is an error
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from nibabel.orientations import io_orientation
 
 from tokenseg.data.cases import Case, Dataset, first_few
-from tokenseg.data.fingerprint import label_remedy
+from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
 from tokenseg.data.formats import read_values
 from tokenseg.data.grids import fill_one_box, relate_grids
 from tokenseg.data.volume import Grid, read_grid
@@ -86,6 +85,15 @@ def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
     return sorted(findings, key=lambda finding: (order.index(finding.severity), finding.case_id, finding.kind))
 
 
+def compare_cases(cases: Sequence[CaseFingerprint]) -> list[Finding]:
+    """What shows only across cases, of cases that were read to train on: one image in two of them, spacings far off."""
+    facts = _Facts(spacings={case.case_id: case.spacing_mm for case in cases})
+    for case in cases:
+        for digest in case.image_sha256:
+            facts.digests[digest].append(case.case_id)
+    return [*_duplicates(facts), *_spacing_outliers(facts)]
+
+
 def check_files(paths: Sequence[Path]) -> list[Finding]:
     """Compare the grids of files with that of the first.
 
@@ -134,7 +142,7 @@ def _image_findings(dataset: Dataset, case: Case, path: Path, grid: Grid, facts:
         yield _fixable("error", case, "values", f"{path.name}: {count} voxel(s) are NaN or infinite")
         values = values[finite]
     elif values.size:
-        facts.digests[_digest(values)].append(case.case_id)
+        facts.digests[voxel_digest(values)].append(case.case_id)
     if not values.size or values.min() == values.max():
         yield Finding("warning", case.case_id, "values", f"{path.name} is constant", "look at it; export it again")
         return
@@ -277,9 +285,3 @@ def _canonical_spacing(grid: Grid) -> tuple[float, float, float]:
     """Along right, anterior, superior, however the voxels are stored."""
     order = np.argsort(io_orientation(grid.affine)[:, 0])  # type: ignore[no-untyped-call]
     return grid.spacing_mm[order[0]], grid.spacing_mm[order[1]], grid.spacing_mm[order[2]]
-
-
-def _digest(values: Shaped[np.ndarray, "*shape"]) -> str:
-    digest = hashlib.sha256(str((values.shape, values.dtype)).encode())
-    digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ and labels on different grids, NaN voxels) stops here, with the case named.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
@@ -56,6 +57,8 @@ class CaseFingerprint(Settings):
     """Voxels by label value, background 0 included; values that do not occur are left out."""
     all_voxels: tuple[VoxelRange, ...] = ()
     """One a source channel; empty in files of versions that did not keep it."""
+    image_sha256: tuple[str, ...] = ()
+    """Of the voxels of each source channel, by which the same image shows in two cases; likewise."""
 
 
 class Fingerprint(Settings):
@@ -139,7 +142,15 @@ def _case_fingerprint(
         intensities=_intensities(values),
         label_voxels=label_voxels,
         all_voxels=_voxel_ranges(dataset, loaded),
+        image_sha256=tuple(voxel_digest(loaded.volume.array[row]) for row in _source_rows(dataset, loaded)),
     )
+
+
+def voxel_digest(values: Shaped[np.ndarray, "*shape"]) -> str:
+    """SHA-256 of shape, type and values."""
+    digest = hashlib.sha256(str((values.shape, values.dtype)).encode())
+    digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 def _count_labels(loaded: LabelledCase) -> dict[int, int]:
