@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenseg.builtin import MODELS_FOLDER
-from tokenseg.checkpoint import WEIGHTS_NAME, Model, load_model, save_model
+from tokenseg.checkpoint import WEIGHTS_NAME, Model, QualityFacts, load_model, save_model
 from tokenseg.config import Coding
 from tokenseg.errors import ModelError, TokenSegError
 from tokenseg.files import write_atomically
@@ -93,6 +93,7 @@ def pack(run_all: Path, runs: Sequence[Path], name: str, target: Path = MODELS_F
                 **{key: training[key] for key in ("training_cases", "steps", "seed")},
                 "precision": "weights stored with 16 bits a number",
             },
+            "quality": quality_of_folds(model, folds),
             "publication": Publication(
                 source=about["source"].strip(),
                 licence=about["licence"].strip(),
@@ -146,6 +147,22 @@ def check_folds(run_all: Path, model: Model, folds: Sequence[Fold]) -> None:
             raise ModelError(f"{fold.run} did not score the cases that its fold holds out; train it to the end")
         if fold.tolerance_mm != folds[0].tolerance_mm:
             raise ModelError(f"{fold.run} was scored with another tolerance of the surface Dice than {folds[0].run}")
+
+
+def quality_of_folds(model: Model, folds: Sequence[Fold]) -> QualityFacts:
+    """Volumes of the packed model's training, and the median temperature of the folds: it has none of its own."""
+    known = [fold.model.facts.quality or QualityFacts() for fold in folds]
+    known = [each for each in known if each.num_cases]
+    volumes_ml = (model.facts.quality or QualityFacts()).volumes_ml
+    if not known:
+        return QualityFacts(volumes_ml=volumes_ml)
+    errors = [each.calibration_error for each in known if each.calibration_error is not None]
+    return QualityFacts(
+        temperature=round(float(np.median([each.temperature for each in known])), 4),
+        num_cases=sum(each.num_cases for each in known),
+        calibration_error=tuple(np.mean(errors, axis=0).tolist()) if errors else None,
+        volumes_ml=volumes_ml,
+    )
 
 
 def cross_validation(folds: Sequence[Fold], labels: Sequence[str]) -> CrossValidation:

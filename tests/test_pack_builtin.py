@@ -110,6 +110,22 @@ def test_the_packed_model_is_the_run_of_all_cases(runs, script, tmp_path):
     assert (folder / "LICENSE").read_text() == (SCRIPT.parent / "builtin" / "hippocampus.LICENSE").read_text()
 
 
+def test_its_temperature_is_that_of_the_folds(changed, runs, script, tmp_path):
+    temperatures = [1.5, None, 3.0, 2.0, None]
+    for fold, temperature in enumerate(temperatures):
+        quality = None if temperature is None else {"temperature": temperature, "num_cases": 1}
+        quality = quality and quality | {"calibration_error": [0.1 * temperature, 0.01]}
+        change_json(changed / str(fold) / "model" / "model.json", quality=quality)
+    quality = load_model(script.pack(changed / "all", folds(changed), "hippocampus", tmp_path)).facts.quality
+    assert (quality.temperature, quality.num_cases) == (2.0, 3)
+    assert quality.calibration_error == pytest.approx((0.65 / 3, 0.01))
+    assert quality.volumes_ml == load_model(runs / "all").facts.quality.volumes_ml != {}
+    for fold in range(5):
+        change_json(changed / str(fold) / "model" / "model.json", quality=None)
+    quality = load_model(script.pack(changed / "all", folds(changed), "hippocampus", tmp_path)).facts.quality
+    assert (quality.temperature, quality.num_cases) == (1.0, 0)
+
+
 def test_the_same_runs_give_the_same_bytes(runs, script, tmp_path):
     digests = []
     for order in (folds(runs), folds(runs)[::-1]):

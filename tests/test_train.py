@@ -240,6 +240,10 @@ def test_all_cases_can_be_trained_on(dataset: Path, options: TrainOptions, tmp_p
     assert any(
         text.startswith("note: --fold all: the validation cases are the training cases") for text in told.messages
     )
+    # By cases that it was trained on no network is found too sure of itself.
+    quality = load_model(result.run).facts.quality
+    assert quality is not None
+    assert (quality.num_cases, quality.temperature, list(quality.volumes_ml)) == (0, 1.0, ["sphere"])
 
 
 def regions(root: Path) -> Path:

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from tokenseg import __version__
-from tokenseg.checkpoint import MakeNetwork, Model, ModelFacts, save_model
+from tokenseg.checkpoint import MakeNetwork, Model, ModelFacts, QualityFacts, save_model
 from tokenseg.config import (
     PRESETS,
     PositiveInt,
@@ -162,9 +162,7 @@ def train(
         if not fabric.is_global_zero:
             return None
         model = Model(network.eval(), _facts(setup), fabric.device)
-        quality = calibrate(model, _validation_cases(setup), setup.dataset, progress)
-        volumes_ml = label_volumes_ml(_training_cases(setup, run_path), plan.labels)
-        quality = quality.model_copy(update={"volumes_ml": volumes_ml})
+        quality = _quality(model, setup, run_path, progress)
         model = replace(model, facts=model.facts.model_copy(update={"quality": quality}))
         evaluation = _validate(model, setup, run_path, progress)
         facts = _facts(setup, total_steps, evaluation).model_copy(update={"quality": quality})
@@ -361,6 +359,14 @@ def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -
     write_json(folder / "scores.json", evaluation)
     write_csv(folder / "scores.csv", evaluation)
     return evaluation
+
+
+def _quality(model: Model, setup: _Setup, run_path: Path, progress: Progress) -> QualityFacts:
+    # Cases that a network was trained on would make it look surer than it may be of others.
+    held_out = [] if setup.options.fold == "all" else _validation_cases(setup)
+    known = calibrate(model, held_out, setup.dataset, progress) if held_out else QualityFacts()
+    volumes_ml = label_volumes_ml(_training_cases(setup, run_path), setup.config.plan.labels)
+    return known.model_copy(update={"volumes_ml": volumes_ml})
 
 
 def _validation_cases(setup: _Setup) -> list[Case]:
