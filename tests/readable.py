@@ -179,7 +179,11 @@ def dataset(folder: Path, layout: str, name: str = "dataset.json") -> Readable:
 
     def read(content: bytes) -> None:
         (place / name).write_bytes(content)
-        all_of(load, lambda: read_inputs(place), lambda: check_output_folder(folder / "out", list_inputs(place, PLAN)))
+        all_of(
+            load,
+            lambda: read_inputs(place),
+            lambda: check_output_folder(folder / "out", list_inputs(place, PLAN), wanted=True),
+        )
 
     return Readable((place / name).read_bytes(), read, text=True)
 

@@ -10,17 +10,24 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from phantoms import phantom, write_nifti
 from test_docs import commands
 from tokenseg.cli import main
-from tokenseg.cluster import on_cluster
+from tokenseg.cluster import _Staff, hand_out, on_cluster
+from tokenseg.config import SegmentOptions
+from tokenseg.data.cases import Case
 from tokenseg.engine import EngineChoice
 from tokenseg.errors import TokenSegError
+from tokenseg.ledger import Ledger
+from tokenseg.outputs import CaseResult
 from tokenseg.privacy import shown_name
-from toy_models import save_untrained
+from tokenseg.progress import Silent
+from tokenseg.status import CaseStatus
+from toy_models import save_untrained, untrained
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
@@ -139,22 +146,145 @@ def test_workers_that_cannot_start_end_the_command(place):
     script = """
 from pathlib import Path
 from tokenseg.checkpoint import load_model
-from tokenseg.cluster import on_cluster
+from tokenseg.cluster import _Staff, hand_out, on_cluster
 from tokenseg.engine import choose_engine
 from tokenseg.errors import TokenSegError
 from tokenseg.segment import segment_files
 chosen = choose_engine([load_model("model")], "torch")
 try:
-    segment_files(chosen.models, Path("scans"), Path("none"), compute=on_cluster([Path("gone")], chosen, None))
+    segment_files(chosen.models, Path("scans"), Path("none"), compute=on_cluster([Path("gone")], chosen))
 except TokenSegError as error:
     print(error)
 """
     ran = subprocess.run(
         [sys.executable, "-c", script], cwd=place, capture_output=True, text=True, timeout=300, check=True
     )
-    assert "3 workers of the cluster died before they were ready" in ran.stdout
+    assert "3 workers died before they were ready" in ran.stdout
     assert "model gone does not exist" in ran.stdout
     assert not masks(place / "none")
+
+
+# ---- who gets which case, with workers that do as told
+
+
+class Worker:
+    """A worker's handle; what it promises is kept when `FakeRay.wait` comes to it."""
+
+    def __init__(self, *, starts: bool = True) -> None:
+        self.alive = starts
+        self.ready = SimpleNamespace(remote=lambda: Promise(self, None))
+        self.segment = SimpleNamespace(remote=lambda work: Promise(self, work))
+
+
+class Promise:
+    def __init__(self, worker: Worker, work: object) -> None:
+        self.worker, self.work = worker, work
+
+
+class FakeRay:
+    """Promises are kept in turn; `before(promise)` may kill workers first."""
+
+    class exceptions:  # noqa: N801 - the module's name
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            cause = OSError("no such folder")
+
+    def __init__(self, before=lambda promise: None) -> None:
+        self.before = before
+
+    def wait(self, promises, num_returns):
+        return promises[:num_returns], promises[num_returns:]
+
+    def get(self, promise):
+        self.before(promise)
+        if not promise.worker.alive:
+            raise self.exceptions.RayError("it died")
+        if promise.work is None:
+            return None
+        name = promise.work.case.case_id
+        if name == "bug":
+            raise self.exceptions.RayTaskError
+        return CaseResult(name, Path(name), {"l0": 1.0}), CaseStatus(case=name, state="done", key="")
+
+    def kill(self, worker):
+        worker.alive = False
+
+
+class Told(Silent):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def handed_out(ray: FakeRay, names: list[str], starts: list[bool], folder: Path) -> tuple[list[str], list[str]]:
+    """Cases as they stand in the status, and messages; workers start as told, and well after that."""
+    cases = [Case(name, name, (folder / f"{name}.nii.gz",)) for name in names]
+    told, coming, ray.workers = Told(), iter(starts), []
+
+    def make() -> Worker:
+        ray.workers.append(Worker(starts=next(coming, True)))
+        return ray.workers[-1]
+
+    ledger = Ledger([untrained()], cases, folder, told, SegmentOptions(show_names=True), "")
+    staff = _Staff(ray, make, told)
+    staff.start(4)
+    hand_out(ledger.left(), ledger, staff)
+    assert [result.case_id for result in ledger.results if result.mask is not None] == names
+    return sorted(str(line["case"]) for line in done(folder)), told.messages
+
+
+NAMES = [f"c{number}" for number in range(9)]
+
+
+def test_cases_go_to_whoever_is_free(tmp_path):
+    assert handed_out(FakeRay(), NAMES, [], tmp_path) == (NAMES, [])
+
+
+def test_a_machine_that_goes_with_idle_workers_costs_its_case_one_death(tmp_path):
+    deaths = []
+
+    def before(promise: Promise) -> None:
+        if promise.work is not None and not deaths:
+            deaths.append(promise)
+            for worker in ray.workers:
+                worker.alive = False
+
+    ray = FakeRay(before)
+    assert handed_out(ray, ["last"], [], tmp_path) == (["last"], ["last: its worker died; once more"])
+    assert len(ray.workers) == 8
+
+
+def test_a_machine_where_nothing_starts_is_given_up_and_the_others_go_on(tmp_path):
+    finished, said = handed_out(FakeRay(), NAMES, [True, True, True, False, False, False], tmp_path)
+    assert finished == NAMES
+    assert said == ["3 workers died before they were ready: it died; going on with fewer"]
+
+
+def test_where_no_worker_starts_at_all_it_ends(tmp_path):
+    with pytest.raises(TokenSegError, match="3 workers died before they were ready: it died"):
+        handed_out(FakeRay(), NAMES, [False] * 20, tmp_path)
+    assert "not segmented yet" in (tmp_path / "summary.csv").read_text()
+
+
+def test_what_a_worker_says_is_wrong_is_raised_as_it_is(tmp_path):
+    with pytest.raises(OSError, match="no such folder"):
+        handed_out(FakeRay(), ["bug"], [], tmp_path)
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:10001", "nonsense", "127.0.0.1:999999"])
+def test_an_address_where_no_cluster_answers(place, address, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    words = ["segment", str(place / "scans"), str(place / "nowhere"), "--model", str(place / "model")]
+    assert main([*words, "--engine", "ray"]) == 2
+    assert f"RAY_ADDRESS={address}: no cluster answers there" in capsys.readouterr().err
 
 
 def test_one_scan_needs_no_cluster(place, capsys):
@@ -167,4 +297,4 @@ def test_one_scan_needs_no_cluster(place, capsys):
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("tokenseg.cluster.find_spec", lambda name: None)
     with pytest.raises(TokenSegError, match=r"pip install 'tokenseg\[cluster\]'"):
-        on_cluster([], EngineChoice([], "torch", "fp32", ""), None)
+        on_cluster([], EngineChoice([], "torch", "fp32", ""))

@@ -138,13 +138,41 @@ def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
         assert f"{what} by {nnunet} against nnU-Net's network and by {unet} against `UNet` (fp32)" in claims
 
 
+def test_the_temperature_of_the_built_in_model_is_that_which_is_said() -> None:
+    quality = load_model("hippocampus").facts.quality
+    assert quality is not None
+    assert quality.calibration_error is not None
+    without, with_it = quality.calibration_error
+    page = " ".join((ROOT / "docs" / "hippocampus.md").read_text(encoding="utf-8").split())
+    assert f"a temperature of {quality.temperature:.2f}" in page
+    assert f"of {quality.num_cases} of the cases" in page
+    assert f"is {without:.3f} without and {with_it:.3f} with it" in page
+
+
+def test_what_is_said_of_very_small_lesions_comes_from_the_row() -> None:
+    with (ROOT / "benchmarks" / "tiny_lesions.csv").open(newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    page = " ".join((ROOT / "docs" / "own-dataset.md").read_text(encoding="utf-8").split())
+    dice, low, high = (f"{float(row[name]):.3f}" for name in ("dice", "dice_low", "dice_high"))
+    assert f"{row['steps']} steps on one thread give a Dice of {dice} ({low} to {high})" in page
+    assert (f"{float(row['foreground_percent']):.2f}", row["threads"], row["missed"]) == ("0.01", "1", "0")
+    assert float(row["lesion_f1"]) == 1
+
+
 def test_what_is_said_of_quality_signals_comes_from_the_rows() -> None:
     with (ROOT / "benchmarks" / "quality.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+        every = list(csv.DictReader(file))
     page = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
-    for name, said in re.findall(r"(-?0\.\d\d) for `(\w+)`", page):
-        found = spearmanr([float(row["dice"]) for row in rows], [float(row[said]) for row in rows]).statistic
-        assert f"{found:.2f}" == name
+    rows, longer = ([row for row in every if row["model"].endswith(model)] for model in ("Hippocampus", "3000-steps"))
+
+    def correlation(of: list[dict[str, str]], signal: str) -> str:
+        found = spearmanr([float(row["dice"]) for row in of], [float(row[signal]) for row in of]).statistic
+        return f"{found:.2f}"
+
+    named = re.findall(r"(-?0\.\d\d) for `(\w+)`", page)
+    assert [correlation(rows, signal) for _, signal in named] == [figure for figure, _ in named]
+    entropy, boundary, expected = (correlation(longer, signal) for _, signal in named)
+    assert f"it is {entropy}, {boundary} and {expected}" in " ".join(page.split())
     dice = [float(row["dice"]) for row in rows]
     assert f"{len(rows)} validation cases" in " ".join(page.split())
     assert f"between {min(dice):.2f} and {max(dice):.2f}" in " ".join(page.split())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,10 +24,17 @@ from tokenseg.data.inputs import InputSize, describe_input, input_size, read_inp
 from tokenseg.data.restore import painted_values
 from tokenseg.data.suitability import check_input
 from tokenseg.data.volume import Volume
-from tokenseg.errors import TokenSegError
-from tokenseg.files import replaced_on_success, write_atomically
+from tokenseg.errors import FileError, TokenSegError
+from tokenseg.files import put_in_place, temporary_beside, write_atomically
 from tokenseg.memory import MemoryPlan, parse_memory, plan_memory
-from tokenseg.outputs import CaseResult, no_findings_file, probabilities_file, quality_file, write_output
+from tokenseg.outputs import (
+    CaseResult,
+    no_findings_file,
+    probabilities_file,
+    quality_file,
+    remove_probabilities,
+    write_output,
+)
 from tokenseg.predict import Segmented, segment_in_slabs
 from tokenseg.privacy import shown_name, without_names
 from tokenseg.progress import Progress
@@ -59,6 +66,8 @@ class Work:
     memory: MemoryPlan | None = None
     volume: Volume | None = None
     segmented: Segmented | None = None
+    probabilities: Path | None = None
+    """Where they wait for their mask, if they are wanted."""
     result: CaseResult | None = None
     """Once its mask is written."""
     mask_sha256: str = ""
@@ -130,6 +139,9 @@ def write_case(work: Work, models: Sequence[Model]) -> tuple[CaseResult, CaseSta
         _remove_earlier(work)
     status = _status(work, result)
     work.volume = work.segmented = None  # free before the next is held
+    if work.probabilities is not None:
+        with suppress(OSError):
+            work.probabilities.unlink(missing_ok=True)
     return result, status
 
 
@@ -143,16 +155,20 @@ def _memory_of(work: Work, models: Sequence[Model]) -> MemoryPlan:
 def _segment(work: Work, models: Sequence[Model]) -> None:
     if work.volume is None or work.memory is None:
         raise ValueError("read the case first")
-    path = probabilities_file(work.target)
-    with replaced_on_success(path) if work.options.probabilities else nullcontext() as probabilities:
+    if work.options.probabilities:
+        work.probabilities = work.probabilities or temporary_beside(probabilities_file(work.target))
+    try:
         work.segmented = segment_in_slabs(
             models,
             work.volume,
             work.watch,
             full=work.options.full,
             num_slabs=work.memory.num_slabs,
-            probabilities=probabilities,
+            probabilities=work.probabilities,
         )
+    except OSError as error:
+        path = probabilities_file(work.target)
+        raise FileError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
 
 
 def _note(work: Work, text: str, progress: Progress) -> None:
@@ -175,10 +191,11 @@ def _write(work: Work, models: Sequence[Model]) -> None:
     with work.watch.stage("quality"):
         quality: CaseQuality = work.segmented.meter.quality(work.shown, mask, facts, volumes_ml, warnings)
     with work.watch.stage("save"):
+        remove_probabilities(work.target)  # before the mask is another one
         place = write_output(work.target, mask, volume, models[0], work.options)
         write_atomically(quality_file(work.target), quality.model_dump_json(indent=1).encode())
-        if not work.options.probabilities:  # those of an earlier call are not of this mask
-            probabilities_file(work.target).unlink(missing_ok=True)
+        if work.probabilities is not None:
+            _place_probabilities(work.probabilities, probabilities_file(work.target))
     work.mask_sha256 = file_digest([DicomFile(place)])
     work.result = CaseResult(
         work.case.case_id,
@@ -193,11 +210,20 @@ def _write(work: Work, models: Sequence[Model]) -> None:
     )
 
 
+def _place_probabilities(temporary: Path, path: Path) -> None:
+    try:
+        put_in_place(temporary, path)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _remove_earlier(work: Work) -> None:
     """What an earlier call left in the folder of a cohort would pass for a result of this one."""
     if work.alone:
         return
-    places = [work.target, quality_file(work.target), probabilities_file(work.target)]
+    with suppress(TokenSegError):
+        remove_probabilities(work.target)
+    places = [work.target, quality_file(work.target)]
     places += [no_findings_file(work.target)] if work.case.exam is not None else []
     for path in places:
         with suppress(OSError):

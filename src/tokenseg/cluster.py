@@ -11,12 +11,14 @@ that is kept, and weights are read from safetensors here as elsewhere.
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,22 +31,23 @@ from tokenseg.engine import EngineChoice, choose_engine
 from tokenseg.errors import ConfigError, TokenSegError
 from tokenseg.ledger import Ledger
 from tokenseg.outputs import CaseResult
-from tokenseg.progress import Silent
+from tokenseg.progress import Progress, Silent
 from tokenseg.segment import Compute
 from tokenseg.status import CaseStatus
 
 MAX_DEATHS = 3
 """Workers that may die over a case, or before they are ready one after the other, until it is given up."""
 _STORE_BYTES = 80 << 20
-"""Ray keeps this much memory for results, which are small here; its own choice would be a third of the machine."""
+"""What Ray keeps for results, which are small here; its own choice would be a third of the machine."""
+_ANSWER_S = 5.0
+"""Within which a cluster must answer; Ray itself would try for minutes."""
 _DIED = (
-    "{} of the workers that computed it died, perhaps for want of memory; see Ray's logs, or do it without a cluster"
+    f"{MAX_DEATHS} of the workers that computed it died, perhaps for want of memory: give --max-memory, or leave out "
+    "--engine ray"
 )
 
-Ray: TypeAlias = Any
-"""The module."""
-Actor: TypeAlias = Any
-Ref: TypeAlias = Any
+RayThing: TypeAlias = Any
+"""The module, a worker's handle or a promised answer; Ray's types say no more."""
 Written: TypeAlias = tuple[CaseResult, CaseStatus]
 
 
@@ -54,22 +57,21 @@ class Recipe(NamedTuple):
     models: tuple[Path, ...]
     device: str
     engine: EngineName
-    threads: int | None
-    """CPU threads a worker; None takes all of the smallest machine's cores."""
+    threads: int
+    """CPU threads of a worker."""
     folder: Path
     """Where paths that are not absolute begin."""
 
 
-def on_cluster(models: Sequence[Path], chosen: EngineChoice, threads: int | None) -> Compute:
+def on_cluster(models: Sequence[Path], chosen: EngineChoice) -> Compute:
     """Give what does the cases of a cohort on Ray's cluster, for `segment_files`.
 
-    The cluster is the one that `RAY_ADDRESS` names or that runs on this machine; where there is none, one of this
-    machine's processes is made for the time.
+    The cluster is the one that `RAY_ADDRESS` names; without it, one of this machine's processes is made for the time.
+    A worker has as many CPU threads as torch has here, and takes as many cores, or one GPU.
 
     Args:
         models: Folders or names that they were loaded from.
         chosen: How they compute here, and so on each worker.
-        threads: CPU threads of a worker, which takes as many cores; on a GPU one worker takes one GPU.
 
     Raises:
         ConfigError: The extra `cluster` is not installed.
@@ -77,58 +79,48 @@ def on_cluster(models: Sequence[Path], chosen: EngineChoice, threads: int | None
     if find_spec("ray") is None:
         raise ConfigError("--engine ray needs the extra 'cluster': pip install 'tokenseg[cluster]'")
     device = chosen.models[0].device.type
-    return partial(_compute, recipe=Recipe(tuple(models), device, chosen.engine, threads, Path.cwd()))
+    return partial(
+        compute_on_cluster, recipe=Recipe(tuple(models), device, chosen.engine, torch.get_num_threads(), Path.cwd())
+    )
 
 
-def _compute(ledger: Ledger, recipe: Recipe) -> None:
-    left = _Left(ledger.left())
-    if left.is_empty():
+def compute_on_cluster(ledger: Ledger, recipe: Recipe) -> None:
+    """Do all cases that are left.
+
+    Raises:
+        ConfigError: The cluster cannot be used, or has no room for a worker.
+        TokenSegError: No worker comes to be ready.
+    """
+    cases = ledger.left()
+    first = next(cases, None)
+    if first is None:
         return
-    deaths: Counter[int] = Counter()
     with _connected() as ray:
-        staff = _Staff.hire(ray, ledger, recipe)
-        while staff.is_busy or not left.is_empty():
-            while staff.idle and not left.is_empty():
-                staff.give(left.take())
-            ended = staff.wait()
-            if ended is None:
-                continue
-            job, result = ended
-            deaths[job.number] += result is None
-            if result is None and deaths[job.number] < MAX_DEATHS:
-                ledger.progress.message(f"{job.work.shown}: its worker died; once more")
-                left.put_back(job)
-                continue
-            if result is None:
-                job.work.error = _DIED.format(MAX_DEATHS)
-                result = write_case(job.work, ledger.models)
-            ledger.finish(job.number, *result)
+        hand_out(chain([first], cases), ledger, _Staff.hire(ray, ledger, recipe))
 
 
-class _Job(NamedTuple):
-    """A case with its number in the ledger."""
-
-    number: int
-    work: Work
-
-
-class _Left:
-    """Cases to do, asked for one at a time: whether each was done before takes reading it."""
-
-    def __init__(self, cases: Iterator[tuple[int, Work]]) -> None:
-        self._cases = cases
-        self._held: list[_Job] = []
-
-    def is_empty(self) -> bool:
-        if not self._held and (following := next(self._cases, None)) is not None:
-            self._held.append(_Job(*following))
-        return not self._held
-
-    def take(self) -> _Job:
-        return self._held.pop()
-
-    def put_back(self, job: _Job) -> None:
-        self._held.append(job)
+def hand_out(cases: Iterator[tuple[int, Work]], ledger: Ledger, staff: _Staff) -> None:
+    """Give each idle worker a case, and cases of workers that died to others."""
+    deaths: Counter[int] = Counter()
+    waiting = next(cases, None)
+    while waiting is not None or staff.is_busy:
+        while waiting is not None and staff.idle:
+            staff.give(_Job(*waiting))
+            waiting = next(cases, None)
+        ended = staff.wait()
+        if ended is None:
+            continue
+        job, result = ended
+        deaths[job.number] += result is None
+        if result is None and deaths[job.number] < MAX_DEATHS:
+            ledger.progress.message(f"{job.work.shown}: its worker died; once more")
+            cases = chain([job], cases)
+            waiting = waiting or next(cases)
+            continue
+        if result is None:
+            job.work.error = _DIED
+            result = write_case(job.work, ledger.models)
+        ledger.finish(job.number, *result)
 
 
 class _Worker:
@@ -136,8 +128,7 @@ class _Worker:
 
     def __init__(self, recipe: Recipe, settings: Sequence[str]) -> None:
         os.chdir(recipe.folder)
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
+        torch.set_num_threads(recipe.threads)
         models = [load_model(path, recipe.device) for path in recipe.models]
         self._models = choose_engine(models, recipe.engine, threads=recipe.threads).models
         self._settings = settings
@@ -151,10 +142,17 @@ class _Worker:
         return write_case(work, self._models)
 
 
+class _Job(NamedTuple):
+    """A case with its number in the ledger."""
+
+    number: int
+    work: Work
+
+
 class _Task(NamedTuple):
     """What a worker was told to do; no job for a worker that is getting ready."""
 
-    worker: Actor
+    worker: RayThing
     job: _Job | None = None
 
 
@@ -162,30 +160,29 @@ class _Task(NamedTuple):
 class _Staff:
     """The workers: idle, getting ready, or busy with a case."""
 
-    ray: Ray
-    make: Callable[[], Actor]
+    ray: RayThing
+    make: Callable[[], RayThing]
     """Starts a worker, which then waits for a machine that has room for it."""
-    idle: list[Actor] = field(default_factory=list)
-    tasks: dict[Ref, _Task] = field(default_factory=dict)
+    progress: Progress
+    idle: list[RayThing] = field(default_factory=list)
+    tasks: dict[RayThing, _Task] = field(default_factory=dict)
+    """By the answer that is promised."""
     failed_starts: int = 0
     """One after the other."""
 
     @classmethod
-    def hire(cls, ray: Ray, ledger: Ledger, recipe: Recipe) -> _Staff:
+    def hire(cls, ray: RayThing, ledger: Ledger, recipe: Recipe) -> _Staff:
         """Start as many workers as all machines together have room for."""
-        key = "GPU" if recipe.device == "cuda" else "CPU"
+        key, each = ("GPU", 1) if recipe.device == "cuda" else ("CPU", recipe.threads)
         has = [int(node["Resources"].get(key, 0)) for node in ray.nodes() if node["Alive"]]
-        each = 1 if key == "GPU" else recipe.threads or min((count for count in has if count), default=1)
         count = sum(there // each for there in has)
         if not count:
             raise ConfigError(f"a worker takes {each} {key}, the machines of the cluster have {sorted(has)}")
         needs = {"num_gpus": 1} if key == "GPU" else {"num_cpus": each}
-        recipe = recipe if key == "GPU" else recipe._replace(threads=each)
         make = partial(ray.remote(_Worker).options(**needs).remote, recipe, ledger.settings)
-        staff = cls(ray, make)
-        for _ in range(count):
-            staff.start()
-        ledger.progress.message(f"workers: {count}, machines: {len(has)}")
+        staff = cls(ray, make, ledger.progress)
+        staff.progress.message(f"workers: {count}, machines: {len(has)}")
+        staff.start(count)
         return staff
 
     @property
@@ -193,9 +190,10 @@ class _Staff:
         """Whether a case is under way."""
         return any(task.job is not None for task in self.tasks.values())
 
-    def start(self) -> None:
-        worker = self.make()
-        self.tasks[worker.ready.remote()] = _Task(worker)
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            worker = self.make()
+            self.tasks[worker.ready.remote()] = _Task(worker)
 
     def give(self, job: _Job) -> None:
         worker = self.idle.pop()
@@ -208,38 +206,63 @@ class _Staff:
         result = None
         try:
             result = self.ray.get(ended)
-        except self.ray.exceptions.RayTaskError:
-            raise  # a bug, not a death
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # a worker says what is wrong; it did not die
         except self.ray.exceptions.RayError as error:
             self._replace(task, error)
         else:
             self.idle.append(task.worker)
-            self.failed_starts = 0
+            self.failed_starts = self.failed_starts if task.job else 0
         return None if task.job is None else (task.job, result)
 
     def _replace(self, task: _Task, error: Exception) -> None:
-        self.failed_starts += task.job is None
-        if self.failed_starts >= MAX_DEATHS:
-            reason = str(error).strip().splitlines()[-1]
-            raise TokenSegError(f"{MAX_DEATHS} workers of the cluster died before they were ready: {reason}")
-        self.start()
+        self.ray.kill(task.worker)  # it may only be out of reach, and must not write any more
+        if task.job is not None:
+            # Those that are idle may have died with it, which would show only once they had a case.
+            self.start(1 + len(self.idle))
+            self.idle.clear()
+            return
+        self.failed_starts += 1
+        if self.failed_starts < MAX_DEATHS:
+            self.start(1)
+            return
+        reason = f"{MAX_DEATHS} workers died before they were ready: {str(error).strip().splitlines()[-1]}"
+        if not self.tasks and not self.idle:
+            raise TokenSegError(reason)
+        self.progress.message(f"{reason}; going on with fewer")
 
 
 @contextmanager
-def _connected() -> Iterator[Ray]:
+def _connected() -> Iterator[RayThing]:
     """Ray, without its usage statistics; a cluster that was made for this ends with it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    address = os.environ.get("RAY_ADDRESS", "local")
     connect = partial(ray.init, log_to_driver=False, configure_logging=False)
+    if address == "local":
+        # Ray would else take any cluster on this machine, that of another command too, and end with it.
+        connect = partial(connect, address="local", include_dashboard=False, object_store_memory=_STORE_BYTES)
+    else:
+        _check_answers(address)
     try:
-        try:
-            connect(address="auto")
-        except ConnectionError:
-            connect(address="local", include_dashboard=False, object_store_memory=_STORE_BYTES)
+        connect()
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"Ray's cluster cannot be used: {str(error).strip().splitlines()[0]}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({error}); give HOST:PORT as `ray start` prints it, or "
+            "auto for the one on this machine"
+        ) from error

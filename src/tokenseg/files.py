@@ -28,14 +28,23 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
-        temporary.replace(path)
-        _flush_folder(path.parent)
+        put_in_place(temporary, path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Have a temporary file on disk and give it the name `path`.
+
+    Raises:
+        OSError: That fails.
+    """
+    _flush(temporary)
+    temporary.replace(path)
+    _flush_folder(path.parent)
 
 
 @contextmanager

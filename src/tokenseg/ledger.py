@@ -14,6 +14,7 @@ from tokenseg.case_work import Work
 from tokenseg.checkpoint import Model
 from tokenseg.config import SegmentOptions
 from tokenseg.data.cases import Case
+from tokenseg.data.probabilities import is_probabilities
 from tokenseg.files import remove_leftovers, write_atomically
 from tokenseg.outputs import (
     MANIFEST_NAME,
@@ -110,7 +111,7 @@ class Ledger:
         mask = current_mask(known, key, (target, no_findings_file(target)))
         quality = read_quality(quality_file(target))
         saved = all(model.facts.weights_sha256 for model in self.models)
-        complete = not self.options.probabilities or probabilities_file(target).is_file()
+        complete = not self.options.probabilities or is_probabilities(probabilities_file(target))
         if mask is None or quality is None or not saved or not complete:
             return None
         if known.volumes_ml.keys() != {label.name for label in self.models[0].facts.plan.labels}:
@@ -132,5 +133,4 @@ def key_settings(models: Sequence[Model], options: SegmentOptions) -> list[str]:
     facts = [model.facts.model_dump_json() for model in models]  # the plan, and the fingerprint of the weights
     engines = ["torch" if model.compiled is None else "openvino" for model in models]
     wanted = [str(options.full), str(options.empty_seg), options.series]
-    wanted += ["probabilities"] if options.probabilities else []
     return [version("tokenseg"), *facts, *engines, models[0].device.type, *wanted]

@@ -24,6 +24,7 @@ from tokenseg.data.dicom_seg import (
     write_seg,
 )
 from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, mask_ending
+from tokenseg.data.probabilities import is_probabilities
 from tokenseg.data.restore import painted_values
 from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import FileError
@@ -133,8 +134,10 @@ def summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
     return text.getvalue().encode()
 
 
-def check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> None:
+def check_output_file(output: Path, image: Path, endings: tuple[str, ...], *, wanted: bool) -> None:
     """Refuse an output file that cannot be written, is of another form, or is the input itself.
+
+    `wanted` says whether probabilities are to be written.
 
     Raises:
         FileError: With the reason.
@@ -149,14 +152,16 @@ def check_output_file(output: Path, image: Path, endings: tuple[str, ...]) -> No
     beside = [quality_file(output), manifest_file(output)]
     foreign = [path for path in beside if path.exists() and not is_manifest(path) and not is_quality(path)]
     numbers = probabilities_file(output)
-    foreign += [numbers] if numbers.exists() and not quality_file(output).exists() else []
+    foreign += [numbers] if _is_foreign(numbers, known=is_quality(quality_file(output)), wanted=wanted) else []
     if foreign:
         raise FileError(f"{foreign[0]} is in the way, not written by `tokenseg segment`; name another output")
     check_writable(output.parent, output)
 
 
-def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
+def check_output_folder(output: Path, cases: Sequence[Case], *, wanted: bool) -> None:
     """Refuse an output folder that cannot be written, or where files that are not ours would be overwritten.
+
+    `wanted` says whether probabilities are to be written.
 
     Raises:
         FileError: With the reason.
@@ -165,7 +170,8 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
         raise FileError(f"output {output} must be a folder, since the input is a folder")
     # Whoever names the folder of the images, or of reference masks, would lose them.
     targets = [(case.case_id, output / mask_name(case)) for case in cases]
-    targets += [(case_id, beside(path)) for case_id, path in targets for beside in (quality_file, probabilities_file)]
+    numbers = [(case_id, probabilities_file(path)) for case_id, path in targets]
+    targets += [(case_id, quality_file(path)) for case_id, path in targets]
     targets += [(case_id, no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
     # Path.resolve raises where links make a loop.
     images = {os.path.realpath(path) for case in cases for path in case.images}
@@ -173,6 +179,7 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
     foreign = [
         path for case_id, path in targets if path.exists() and (os.path.realpath(path) in images or case_id not in ours)
     ]
+    foreign += [path for case_id, path in numbers if _is_foreign(path, known=case_id in ours, wanted=wanted)]
     manifest = output / MANIFEST_NAME
     foreign += [manifest] if manifest.exists() and not is_manifest(manifest) else []
     if foreign:
@@ -181,6 +188,27 @@ def check_output_folder(output: Path, cases: Sequence[Case]) -> None:
             "`tokenseg segment`; name another folder, so that nothing is overwritten"
         )
     check_writable(output, output)
+
+
+def _is_foreign(numbers: Path, *, known: bool, wanted: bool) -> bool:
+    """Whether a file of somebody else would be overwritten, or removed as probabilities of an earlier mask."""
+    if not numbers.exists():
+        return False
+    return not known if is_probabilities(numbers) else wanted
+
+
+def remove_probabilities(mask: Path) -> None:
+    """Remove what an earlier call wrote: it would pass for that of a new mask.
+
+    Raises:
+        FileError: It cannot be removed.
+    """
+    path = probabilities_file(mask)
+    if is_probabilities(path):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise FileError(f"cannot remove {path}, of an earlier mask: {error.strerror or error}") from error
 
 
 def _cases_in_summary(folder: Path) -> set[str]:

@@ -73,11 +73,11 @@ def segment_files(
     if is_dicom and input_path.is_dir() and output_path.resolve().is_relative_to(input_path.resolve()):
         raise FileError(f"output {output_path} lies among the DICOM files of {input_path}; name another place")
     if (len(cases) == 1 and named_as_file) if is_dicom else (input_path.is_file() and input_path.suffix != ".csv"):
-        check_output_file(output_path, input_path, endings)
+        check_output_file(output_path, input_path, endings, wanted=options.probabilities)
         if compute is not None:
             raise ConfigError("a single scan needs no cluster: leave out --engine ray, or give a folder of cases")
         return [_segment_alone(models, cases[0], output_path, options, progress or Silent(), command)]
-    check_output_folder(output_path, cases)
+    check_output_folder(output_path, cases, wanted=options.probabilities)
     cases = cases[part - 1 :: count]
     return segment_cases(
         models, cases, output_path, progress or Silent(), options=options, command=command, compute=compute

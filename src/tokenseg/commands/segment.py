@@ -89,7 +89,7 @@ class Segment:
     def _on_cluster(self, chosen: EngineChoice) -> Compute:
         from tokenseg.cluster import on_cluster
 
-        return on_cluster((self.model, *self.folds), chosen, self.threads)
+        return on_cluster((self.model, *self.folds), chosen)
 
     def _command(self) -> str:
         """As it was given, but for paths, which may name patients; the rest is among the manifest's options."""

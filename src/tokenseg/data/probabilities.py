@@ -11,6 +11,7 @@ import math
 from functools import reduce
 from itertools import product
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from jaxtyping import Float, Float16
@@ -19,6 +20,17 @@ from torch import Tensor
 from tokenseg.data.preprocess import GridRecord
 
 _DTYPE = np.dtype("<f2")
+_NO_ARRAY = (OSError, ValueError, OverflowError, TypeError, AttributeError, EOFError, SyntaxError, TokenError)
+"""What numpy raises of files that are something else."""
+
+
+def is_probabilities(path: Path) -> bool:
+    """Whether a file is of the form that is written here."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _NO_ARRAY:
+        return False
+    return isinstance(array, np.ndarray) and (array.dtype, array.ndim) == (_DTYPE, 4)
 
 
 class ProbabilityFile:
@@ -41,7 +53,8 @@ class ProbabilityFile:
         # In Fortran's order the last axis is the slowest, in C's the first: rows across it lie in few pieces.
         self._fortran = record.axes.index(record.order[0]) == len(record.axes) - 1
         self._stored = shape[::-1] if self._fortran else shape
-        self._file = path.open("w+b", buffering=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w+b")
         header = {"descr": np.lib.format.dtype_to_descr(_DTYPE), "fortran_order": self._fortran, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)
         self._start = self._file.tell()

@@ -25,6 +25,9 @@ from tokenseg.data.resampling import Axis, axis_between, between, interpolated
 from tokenseg.errors import GeometryError
 from tokenseg.shapes import MaskArray
 
+_STRETCH_VALUES = 1 << 20
+"""Of the probabilities that exist at once before they are on disk."""
+
 
 class Slab(NamedTuple):
     """A part of a scan: all of its rows, and of the second axis in `GridRecord.order` a stretch."""
@@ -102,7 +105,20 @@ def restore_rows(
         logits = between(held[low], held[high], share)
         _paint(plane, logits, across, plan)
         if probabilities is not None:
-            probabilities.write(line, slab.crop, torch.stack([interpolated(logit, across) for logit in logits]))
+            _write_row(probabilities, line, slab, logits, across)
+
+
+def _write_row(
+    probabilities: ProbabilityFile, line: int, slab: Slab, logits: Float[Tensor, "L b c"], across: tuple[Axis, Axis]
+) -> None:
+    """Write probabilities of a row, in stretches: with many labels it is large."""
+    along, deep = across
+    count = len(along.low)
+    step = max(1, _STRETCH_VALUES // (len(logits) * len(deep.low)))
+    for first in range(0, count, step):
+        stop = min(count, first + step)
+        part = torch.stack([interpolated(logit, (along.part(first, stop), deep)) for logit in logits])
+        probabilities.write(line, slice(slab.crop.start + first, slab.crop.start + stop), part)
 
 
 def restore_logits(logits: Float[Tensor, "L Xp Yp Zp"], record: GridRecord, plan: Plan) -> MaskArray:
