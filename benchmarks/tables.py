@@ -182,6 +182,7 @@ def fill(text: str) -> str:
         "accuracy": partial(accuracy_table, "accuracy_fp32"),
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "accuracy-left-atrium": partial(accuracy_table, "accuracy_left_atrium"),
+        "accuracy-left-atrium-amx": partial(accuracy_table, "accuracy_left_atrium_amx"),
         "equal-steps": equal_steps_table,
         "presets": presets_table,
         "ablation": partial(accuracy_table, "ablation"),
