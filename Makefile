@@ -48,8 +48,9 @@ test-engine:
 test-pack:
 	$(COVERED) tests/test_pack_builtin.py
 
-long: $(READY)  ## Run the tests that take minutes: thousands of damaged files, commands killed often, a cluster
-	$(BIN)/python -m pytest -m long $(FORKING) tests/test_cluster.py
+long: $(READY)  ## Run the tests that take minutes: thousands of damaged files, killed commands, a cluster, the quickstart
+	$(BIN)/python -m pytest -m long $(FORKING)
+	$(BIN)/python -m pytest -m long $(REST)
 
 lint: $(READY)  ## Check style and format
 	$(BIN)/ruff check

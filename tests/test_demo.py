@@ -99,6 +99,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX systems")
 def test_interrupted_in_training_it_goes_on_to_the_same_figures(result: DemoResult, tmp_path: Path) -> None:
     script, folder = tmp_path / "script.py", tmp_path / "out"

@@ -50,6 +50,7 @@ def run(command: str, replaced: dict[str, str]) -> None:
     assert main(words) == 0, command
 
 
+@pytest.mark.long
 def test_the_quickstart_works_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tokenseg.demo, "FULL", TINY)

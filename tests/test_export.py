@@ -53,7 +53,7 @@ def network_with_active_tokens(config: NetworkConfig, plan: Plan) -> TokenSeg:
 
 # torch 2.13's exporter uses what torch 2.13 deprecates.
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("changes", "plan", "dynamic"),
     [

@@ -26,7 +26,7 @@ def read_damaged(kind: str, folder, count: int, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_damaged_files(tmp_path, kind):
-    read_damaged(kind, tmp_path, 60, seed=1)
+    read_damaged(kind, tmp_path, 30, seed=1)
 
 
 @pytest.mark.long
