@@ -3,7 +3,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-odd test-even test-forking test-engine test-pack long lint types contracts wheel
+# Of `make test`, the longest first, so that two at a time end together.
+PARTS := test-even test-odd test-forking test-engine test-pack
+.PHONY: help setup demo test $(PARTS) long lint types contracts wheel
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -28,7 +30,6 @@ FORKING := tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py
 REST := $(filter-out $(APART) $(FORKING),$(sort $(wildcard tests/test_*.py)))
 # Two processes with a thread each take half the time of one with two.
 COVERED := OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -m "not long"
-PARTS := test-odd test-even test-forking test-engine test-pack
 
 test: $(READY)  ## Run the tests, two processes at a time, with branch coverage and its floor
 	$(BIN)/python -m coverage erase

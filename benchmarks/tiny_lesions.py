@@ -10,7 +10,6 @@ set but the number of steps; Dice is that of its four validation cases.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import time
@@ -20,6 +19,7 @@ import nibabel
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from tokenseg.benchmark.rows import append
 from tokenseg.config import TrainOptions
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.provenance import commit
@@ -68,12 +68,7 @@ def main() -> None:
         "missed": lesion.n_missed,
         "lesion_f1": f"{lesion.intervals['lesion_f1'].mean:.4f}",
     }
-    is_new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(arguments.csv, COLUMNS, [{name: str(value) for name, value in row.items()}])
     print(row)
 
 

@@ -530,6 +530,7 @@ def test_a_child_that_is_ended_gives_its_reason(monkeypatch):
     assert speed._run(job).fault == "ended with code 1: without a word"
 
 
+@pytest.mark.long
 def test_the_real_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path, plot = tmp_path / "speed.csv", tmp_path / "speed.png"

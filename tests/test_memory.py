@@ -139,6 +139,7 @@ def test_what_is_no_size_is_refused(text, tmp_path):
 # ---- in a process of its own, seen from outside
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_limits_hold_in_a_real_process_and_change_nothing(tmp_path):
     """A scan of 40 megavoxels: the highest resident size is below each limit, and the masks are equal to the byte."""
@@ -155,13 +156,17 @@ def test_limits_hold_in_a_real_process_and_change_nothing(tmp_path):
         assert done["peak_gb"] < float(limit.removesuffix("GB"))
         masks[limit] = (tmp_path / f"{limit}.nii.gz").read_bytes()
     assert len(set(masks.values())) == 1
+    done = run_segment(tmp_path / "scan.nii.gz", tmp_path / "more.nii.gz", model, "0.85GB", "--probabilities")
+    assert done["code"] == 0, done["errors"]
+    assert done["peak_gb"] < 0.85
+    assert (tmp_path / "more_probabilities.npy").stat().st_size > 320 * 320 * 288 * 3 * 2
     refused = run_segment(tmp_path / "scan.nii.gz", tmp_path / "no.nii.gz", model, "0.4GB")
     assert refused["code"] == 2
     assert "is too little for this scan: at least" in refused["errors"]
     assert not (tmp_path / "no.nii.gz").exists()
 
 
-def run_segment(scan, output, model, limit) -> dict:
+def run_segment(scan, output, model, limit, *words) -> dict:
     """Segment in a child, and its highest resident size as the system counted it."""
     code = (
         "import resource, subprocess, sys, json\n"
@@ -170,6 +175,6 @@ def run_segment(scan, output, model, limit) -> dict:
         "print(json.dumps({'code': done.returncode, 'errors': done.stderr, 'peak_gb': peak}))\n"
     )
     command = [sys.executable, "-m", "tokenseg", "segment", scan, output, "--model", model, "--engine", "torch"]
-    command += ["--max-memory", limit]
+    command += ["--max-memory", limit, *words]
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)

@@ -50,6 +50,7 @@ def written(models, volume: Volume, path, num_slabs: int) -> tuple[np.ndarray, n
     segmented = segment_in_slabs(
         models, volume, Stopwatch(), full=False, num_slabs=num_slabs, probabilities=path / "p.npy"
     )
+    segmented.probabilities.place()
     return segmented.mask, np.load(path / "p.npy")
 
 
@@ -225,7 +226,7 @@ def test_a_failed_case_leaves_none(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tokenseg.data.probabilities.ProbabilityFile.write", full)
+    monkeypatch.setattr("numpy.lib.format.write_array_header_1_0", full)
     assert segment(tmp_path / "in", tmp_path / "out", "--model", model, "--probabilities") == 1
     assert "No space left" in (tmp_path / "out" / "summary.csv").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

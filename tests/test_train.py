@@ -750,7 +750,7 @@ for name, limit in {"steps": {"max_steps": 3}, "minutes": {"max_minutes": 0.003}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_one_run(dataset: Path, config: Path, tmp_path: Path) -> None:
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL)

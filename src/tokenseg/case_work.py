@@ -24,8 +24,8 @@ from tokenseg.data.inputs import InputSize, describe_input, input_size, read_inp
 from tokenseg.data.restore import painted_values
 from tokenseg.data.suitability import check_input
 from tokenseg.data.volume import Volume
-from tokenseg.errors import FileError, TokenSegError
-from tokenseg.files import put_in_place, temporary_beside, write_atomically
+from tokenseg.errors import TokenSegError
+from tokenseg.files import write_atomically
 from tokenseg.memory import MemoryPlan, parse_memory, plan_memory
 from tokenseg.outputs import (
     CaseResult,
@@ -66,8 +66,6 @@ class Work:
     memory: MemoryPlan | None = None
     volume: Volume | None = None
     segmented: Segmented | None = None
-    probabilities: Path | None = None
-    """Where they wait for their mask, if they are wanted."""
     result: CaseResult | None = None
     """Once its mask is written."""
     mask_sha256: str = ""
@@ -138,10 +136,9 @@ def write_case(work: Work, models: Sequence[Model]) -> tuple[CaseResult, CaseSta
         result = CaseResult(work.case.case_id, None, {}, work.error, shown_error)
         _remove_earlier(work)
     status = _status(work, result)
+    if work.segmented is not None and work.segmented.probabilities is not None:
+        work.segmented.probabilities.discard()  # of a mask that could not be written
     work.volume = work.segmented = None  # free before the next is held
-    if work.probabilities is not None:
-        with suppress(OSError):
-            work.probabilities.unlink(missing_ok=True)
     return result, status
 
 
@@ -155,20 +152,14 @@ def _memory_of(work: Work, models: Sequence[Model]) -> MemoryPlan:
 def _segment(work: Work, models: Sequence[Model]) -> None:
     if work.volume is None or work.memory is None:
         raise ValueError("read the case first")
-    if work.options.probabilities:
-        work.probabilities = work.probabilities or temporary_beside(probabilities_file(work.target))
-    try:
-        work.segmented = segment_in_slabs(
-            models,
-            work.volume,
-            work.watch,
-            full=work.options.full,
-            num_slabs=work.memory.num_slabs,
-            probabilities=work.probabilities,
-        )
-    except OSError as error:
-        path = probabilities_file(work.target)
-        raise FileError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
+    work.segmented = segment_in_slabs(
+        models,
+        work.volume,
+        work.watch,
+        full=work.options.full,
+        num_slabs=work.memory.num_slabs,
+        probabilities=probabilities_file(work.target) if work.options.probabilities else None,
+    )
 
 
 def _note(work: Work, text: str, progress: Progress) -> None:
@@ -194,8 +185,8 @@ def _write(work: Work, models: Sequence[Model]) -> None:
         remove_probabilities(work.target)  # before the mask is another one
         place = write_output(work.target, mask, volume, models[0], work.options)
         write_atomically(quality_file(work.target), quality.model_dump_json(indent=1).encode())
-        if work.probabilities is not None:
-            _place_probabilities(work.probabilities, probabilities_file(work.target))
+        if work.segmented.probabilities is not None:
+            work.segmented.probabilities.place()
     work.mask_sha256 = file_digest([DicomFile(place)])
     work.result = CaseResult(
         work.case.case_id,
@@ -208,13 +199,6 @@ def _write(work: Work, models: Sequence[Model]) -> None:
         seconds=work.watch.seconds,
         quality=quality,
     )
-
-
-def _place_probabilities(temporary: Path, path: Path) -> None:
-    try:
-        put_in_place(temporary, path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _remove_earlier(work: Work) -> None:

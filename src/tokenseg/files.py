@@ -9,10 +9,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tokenize import TokenError
 
 from tokenseg.errors import FileError
 
 _TEMPORARY = ".partial-"
+DAMAGED_ARRAY = (OSError, ValueError, OverflowError, TypeError, AttributeError, EOFError, SyntaxError, TokenError)
+"""What numpy raises of `.npy` files that are damaged or something else, and what asking an archive for a shape does."""
 
 
 @contextmanager
@@ -26,11 +29,10 @@ def replaced_on_success(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
         put_in_place(temporary, path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -40,11 +42,25 @@ def put_in_place(temporary: Path, path: Path) -> None:
     """Have a temporary file on disk and give it the name `path`.
 
     Raises:
-        OSError: That fails.
+        FileError: That fails; `path` is then as it was.
     """
-    _flush(temporary)
-    temporary.replace(path)
-    _flush_folder(path.parent)
+    with writing(path):
+        _flush(temporary)
+        temporary.replace(path)
+        _flush_folder(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what is being written, and not its temporary file, in whatever goes wrong on disk.
+
+    Raises:
+        FileError: With the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
 
 
 @contextmanager
@@ -56,11 +72,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(folder)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(folder)
-    except OSError as error:
-        raise FileError(f"cannot write {folder}: {error.strerror or error}; nothing was changed there") from error
+        with writing(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -28,7 +28,7 @@ from tokenseg.data.probabilities import is_probabilities
 from tokenseg.data.restore import painted_values
 from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import FileError
-from tokenseg.files import check_writable
+from tokenseg.files import check_writable, writing
 from tokenseg.provenance import is_manifest
 from tokenseg.quality import CaseQuality, is_quality
 from tokenseg.shapes import MaskArray
@@ -205,10 +205,8 @@ def remove_probabilities(mask: Path) -> None:
     """
     path = probabilities_file(mask)
     if is_probabilities(path):
-        try:
+        with writing(path):
             path.unlink()
-        except OSError as error:
-            raise FileError(f"cannot remove {path}, of an earlier mask: {error.strerror or error}") from error
 
 
 def _cases_in_summary(folder: Path) -> set[str]:

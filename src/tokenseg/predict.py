@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +64,8 @@ class Segmented(NamedTuple):
     record: GridRecord
     meter: QualityMeter
     """What the network's answers say of their quality."""
+    probabilities: ProbabilityFile | None
+    """Where they wait for their mask, if they are wanted."""
 
 
 def segment_in_slabs(
@@ -83,10 +85,10 @@ def segment_in_slabs(
         watch: Told of the time of each stage.
         full: Run all windows of a large scan.
         num_slabs: How many slabs to go through one after the other.
-        probabilities: File to write them to, see `ProbabilityFile`; None without.
+        probabilities: Where they are to go, see `ProbabilityFile`; None without.
 
     Raises:
-        OSError: That file cannot be written.
+        FileError: Probabilities cannot be written.
     """
     check_ensemble(models)
     plan = models[0].facts.plan
@@ -109,15 +111,22 @@ def segment_in_slabs(
                 for _ in passing:  # that no voxel of the mask needs; the meter does
                     pass
     windows = sum(route.windows_run for route in routes), sum(route.windows_full for route in routes)
-    return Segmented(mask, *windows, scan.record, meter)
+    return Segmented(mask, *windows, scan.record, meter, file)
 
 
-def _opened(
-    path: Path | None, record: GridRecord, plan: Plan, temperature: float
-) -> AbstractContextManager[ProbabilityFile | None]:
+@contextmanager
+def _opened(path: Path | None, record: GridRecord, plan: Plan, temperature: float) -> Iterator[ProbabilityFile | None]:
     if path is None:
-        return nullcontext()
-    return ProbabilityFile(path, record, plan.num_outputs, regions=plan.regions, temperature=temperature)
+        yield None
+        return
+    file = ProbabilityFile(path, record, plan.num_outputs, regions=plan.regions, temperature=temperature)
+    try:
+        file.begin()
+        yield file
+        file.end()
+    except BaseException:
+        file.discard()
+        raise
 
 
 def _metered(

@@ -8,65 +8,85 @@ is not scattered voxel by voxel.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import reduce
 from itertools import product
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 from jaxtyping import Float, Float16
 from torch import Tensor
 
 from tokenseg.data.preprocess import GridRecord
+from tokenseg.files import DAMAGED_ARRAY, put_in_place, temporary_beside, writing
 
 _DTYPE = np.dtype("<f2")
-_NO_ARRAY = (OSError, ValueError, OverflowError, TypeError, AttributeError, EOFError, SyntaxError, TokenError)
-"""What numpy raises of files that are something else."""
 
 
 def is_probabilities(path: Path) -> bool:
     """Whether a file is of the form that is written here."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except _NO_ARRAY:
+    except DAMAGED_ARRAY:
         return False
     return isinstance(array, np.ndarray) and (array.dtype, array.ndim) == (_DTYPE, 4)
 
 
 class ProbabilityFile:
-    """A `.npy` file that is filled row by row; use it as a context.
+    """A `.npy` file that is filled row by row, and then waits for its mask under a temporary name.
 
     Args:
-        path: Where; replaced.
+        path: Where it goes in the end.
         record: Of the scan.
         num_outputs: L.
         regions: Whether outputs are overlapping regions.
         temperature: By what logits are divided (`temperature.py`).
 
     Raises:
-        OSError: It cannot be written, or the disk is full.
+        FileError: It cannot be written, or the disk is full.
     """
 
     def __init__(self, path: Path, record: GridRecord, num_outputs: int, *, regions: bool, temperature: float) -> None:
+        self._path, self._temporary = path, temporary_beside(path)
         self._record, self._regions, self._temperature = record, regions, temperature
         shape = (num_outputs, *record.native_shape)
         # In Fortran's order the last axis is the slowest, in C's the first: rows across it lie in few pieces.
         self._fortran = record.axes.index(record.order[0]) == len(record.axes) - 1
         self._stored = shape[::-1] if self._fortran else shape
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w+b")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._temporary.open("w+b")
+
+    def begin(self) -> None:
+        """Write what comes before the rows."""
+        shape = self._stored[::-1] if self._fortran else self._stored
         header = {"descr": np.lib.format.dtype_to_descr(_DTYPE), "fortran_order": self._fortran, "shape": shape}
-        np.lib.format.write_array_header_1_0(self._file, header)
-        self._start = self._file.tell()
-        self._file.truncate(self._start + math.prod(shape) * _DTYPE.itemsize)
-        if record.crop_shape != record.canonical_shape and not regions:
-            self._fill_background()
+        with writing(self._path):
+            np.lib.format.write_array_header_1_0(self._file, header)
+            self._start = self._file.tell()
+            self._file.truncate(self._start + math.prod(shape) * _DTYPE.itemsize)
+            if self._record.crop_shape != self._record.canonical_shape and not self._regions:
+                self._fill_background()
 
-    def __enter__(self) -> ProbabilityFile:
-        return self
+    def end(self) -> None:
+        """Have all rows in the file."""
+        with writing(self._path):
+            self._file.close()
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def place(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            FileError: That fails.
+        """
+        put_in_place(self._temporary, self._path)
+
+    def discard(self) -> None:
+        """Remove it, unless it has its name."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
     def write(self, number: int, stretch: slice, logits: Float[Tensor, "L b c"]) -> None:
         """Write a stretch of a row from logits on the scan's own grid; both are counted within what was kept of it."""
@@ -99,9 +119,10 @@ class ProbabilityFile:
         first = sum(start * stride for start, stride in zip(starts[split:], strides[split:], strict=True))
         offsets = reduce(np.add.outer, along[:split], np.array(first)).ravel()
         pieces = np.ascontiguousarray(values).reshape(len(offsets), -1)
-        for offset, piece in zip(offsets.tolist(), pieces, strict=True):
-            self._file.seek(self._start + offset * _DTYPE.itemsize)
-            self._file.write(piece.data)
+        with writing(self._path):
+            for offset, piece in zip(offsets.tolist(), pieces, strict=True):
+                self._file.seek(self._start + offset * _DTYPE.itemsize)
+                self._file.write(piece.data)
 
     def _fill_background(self) -> None:
         """Before rows come: what was cropped of the scan is background."""

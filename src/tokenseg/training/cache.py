@@ -15,7 +15,6 @@ import json
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
@@ -26,13 +25,11 @@ from tokenseg.data.coarse import coarse_image, coarse_labels
 from tokenseg.data.datasets import load_case
 from tokenseg.data.preprocess import prepare_image, prepare_labels
 from tokenseg.errors import FileError, TokenSegError
-from tokenseg.files import remove_leftovers, write_atomically
+from tokenseg.files import DAMAGED_ARRAY, remove_leftovers, write_atomically
 from tokenseg.progress import Progress
 from tokenseg.shapes import ImageArray
 
 POINTS_PER_LABEL = 2000
-_DAMAGED = (OSError, ValueError, OverflowError, TypeError, AttributeError, EOFError, TokenError)
-"""What numpy raises of damaged files, and what asking an archive of arrays for its shape does."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,6 @@ def _open(case_id: str, folder: Path) -> PreparedCase:
             raise ValueError("its arrays do not fit together")
         if (image.dtype, labels.dtype, points.dtype) != (np.float32, np.uint8, np.int32):
             raise ValueError("its arrays have other types")
-    except _DAMAGED as error:
+    except DAMAGED_ARRAY as error:
         raise FileError(f"prepared case {folder} is damaged: {error}; delete this folder and resume") from error
     return PreparedCase(case_id, image, labels, points)
