@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenseg.case_work
 from dicom_phantoms import write_series
@@ -21,7 +22,7 @@ from tokenseg.data.inputs import read_input
 from tokenseg.data.volume import read_mask
 from tokenseg.errors import DataError, FileError
 from tokenseg.segment import segment_files
-from toy_models import Toy, as_stored, nearest_level, save_untrained, toy_model
+from toy_models import Toy, as_stored, nearest_level, save_untrained, toy_model, untrained
 
 ONE = make_plan(labels=1)
 TWO = make_plan(channels=2, labels=1)
@@ -175,3 +176,24 @@ def test_a_gpu_without_memory_ends_on_the_cpu_and_says_so(tmp_path, failures, no
     assert len(told) == notes
     assert told[0].startswith("the GPU ran out of memory: once more")
     assert notes == 1 or told[1] == "the GPU ran out of memory again: on the CPU"
+
+
+class FullGpu(TorchDispatchMode):
+    """Nothing is left: tensors may be looked at, and moved away, but no new one made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket not in (torch.ops.aten.detach, torch.ops.aten.alias, torch.ops.aten._to_copy):
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {func}")
+        return func(*args, **kwargs or {})
+
+
+def test_moving_to_the_cpu_needs_nothing_on_a_full_gpu():
+    model = untrained()
+    with FullGpu():
+        moved = tokenseg.case_work._on_cpu(model)
+    images = torch.randn(1, 1, 16, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(moved.network(images).logits, model.network(images).logits)
+    assert moved.network is not model.network
+    names = [{name for name, _ in network.named_parameters()} for network in (moved.network, model.network)]
+    assert names[0] == names[1]

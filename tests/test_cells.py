@@ -84,3 +84,30 @@ def test_cells_are_in_the_same_order_as_their_boxes(grid: Triple) -> None:
         means, cell_boxes_vox([(20, 15, 30)], [(1, 1, 1)], grid, (20, 15, 30)).tolist(), strict=True
     ):
         torch.testing.assert_close(mean, image[0, 0, x0:x1, y0:y1, z0:z1].mean())
+
+
+def test_what_was_kept_in_inference_can_be_trained_with() -> None:
+    size = (9, 6, 5)  # of this test alone, so that inference comes first
+    with torch.inference_mode():
+        expand_cells(pool_cells(random_map(0, 1, 2, *size), (3, 2, 2)), size)
+    features = random_map(0, 1, 2, *size).requires_grad_()
+    torch.autograd.backward(expand_cells(pool_cells(features, (3, 2, 2)), size).sum())
+    assert features.grad is not None
+    # Every voxel of an even division counts alike; 5 voxels in 2 cells share the middle one.
+    torch.testing.assert_close(features.grad.sum(), torch.tensor(2.0 * 9 * 6 * 5))
+
+
+def test_whoever_changes_boxes_changes_no_others() -> None:
+    arguments = [(4, 4, 4)], [(2, 2, 2)], (2, 2, 2), (8, 8, 8)
+    first = cell_boxes_vox(*arguments)
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(cell_boxes_vox(*arguments), expected)
+
+
+def test_a_map_in_half_precision_has_its_own_matrices() -> None:
+    features = random_map(0, 1, 2, 7, 6, 5)
+    full = pool_cells(features, (2, 2, 2))
+    half = pool_cells(features.bfloat16(), (2, 2, 2))
+    assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(half.float(), full, atol=0.02, rtol=0.02)

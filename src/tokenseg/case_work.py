@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, SegmentOptions
@@ -168,8 +169,14 @@ def _note(work: Work, text: str, progress: Progress) -> None:
 
 
 def _on_cpu(model: Model) -> Model:
-    cpu = torch.device("cpu")
-    return replace(model, network=copy.deepcopy(model.network).to(cpu), device=cpu, compiled=None)
+    # Each tensor is told to be copied already, to the CPU: a copy on the full GPU would fail again.
+    tensors = (*model.network.parameters(), *model.network.buffers())
+    moved = {id(tensor): _like(tensor, tensor.detach().cpu()) for tensor in tensors}
+    return replace(model, network=copy.deepcopy(model.network, moved), device=torch.device("cpu"), compiled=None)
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 @_guarded

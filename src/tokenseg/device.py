@@ -39,4 +39,5 @@ def bfloat16_helps(device: torch.device) -> bool:
 
 def autocast(device: torch.device) -> torch.autocast:
     """Context for a forward pass: bf16 where it helps, else full precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16_helps(device))
+    # A weight is used once a pass: nothing is lost without autocast's cache, with which no pass can be recorded.
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16_helps(device), cache_enabled=False)

@@ -23,6 +23,7 @@ from tokenseg.config import Plan, Vox3
 from tokenseg.data.orientation import from_rows, in_row_order, to_rows
 from tokenseg.data.preprocess import Rows, rows_of
 from tokenseg.device import autocast
+from tokenseg.replay import repeated
 from tokenseg.shapes import Forward, ImageArray, Images, Logits
 
 Corner: TypeAlias = tuple[int, int, int]
@@ -50,7 +51,10 @@ class PaddedRows(NamedTuple):
 
 def forward_of(model: Model) -> Forward:
     """One pass of a model, in the engine that it was given."""
-    return model.compiled or torch_forward(model.network, model.device)
+    if model.compiled is not None:
+        return model.compiled
+    compute = _network_pass(model.network, model.device)
+    return _from_cpu_to_cpu(repeated(compute) if model.device.type == "cuda" else compute, model.device)
 
 
 def torch_forward(network: nn.Module, device: torch.device) -> Forward:
@@ -60,11 +64,21 @@ def torch_forward(network: nn.Module, device: torch.device) -> Forward:
         network: In evaluation mode, on `device`; returns a `TokenSegOutput`.
         device: Where to compute.
     """
+    return _from_cpu_to_cpu(_network_pass(network, device), device)
 
-    def forward(images: Images) -> Logits:
+
+def _network_pass(network: nn.Module, device: torch.device) -> Forward:
+    def compute(images: Images) -> Logits:
         with torch.inference_mode(), autocast(device):
-            logits: Tensor = network(images.to(device)).logits
-        return logits.float().cpu()
+            logits: Tensor = network(images).logits
+        return logits.float()
+
+    return compute
+
+
+def _from_cpu_to_cpu(compute: Forward, device: torch.device) -> Forward:
+    def forward(images: Images) -> Logits:
+        return compute(images.to(device)).cpu()
 
     return forward
 

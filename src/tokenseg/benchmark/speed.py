@@ -1,4 +1,4 @@
-"""`tokenseg benchmark speed`: every network on every cube, in processes of their own, a row as soon as it is known.
+"""`tokenseg benchmark speed`: every network on every cube, a row as soon as it is known.
 
 What is compared is always under the same conditions: the reference network runs in turn with the other one, in the same
 process, at the same precision, in the same engine.
@@ -6,6 +6,7 @@ process, at the same precision, in the same engine.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from tokenseg.benchmark.passes import Setting
 from tokenseg.benchmark.rows import Row, append, read_rows
 from tokenseg.benchmark.speed_options import PrecisionName, SpeedOptions
 from tokenseg.benchmark.speed_rows import COLUMNS, FORWARD
-from tokenseg.benchmark.worker import Job, Result, to_json
+from tokenseg.benchmark.worker import Job, Result, do, to_json
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.memory import available_mib
 from tokenseg.progress import Progress, Silent
@@ -100,8 +101,8 @@ def _row(cell: _Cell, options: SpeedOptions) -> Row:
     result = _run(latency)
     if result.fault:
         return row | {"note": result.fault}
-    # OpenVINO compiles at the first pass and then keeps its buffers: what a pass needs cannot be told from the rest.
-    weighed = cell.setting.engine != "openvino"
+    # These prepare at the first pass and then keep their buffers: what a pass needs cannot be told from the rest.
+    weighed = cell.setting.engine not in ("openvino", "cuda-graph")
     memory = _run(replace(latency, task="memory", networks=(cell.network,))) if weighed else Result()
     is_reference = cell.network == options.networks[0]
     row |= {
@@ -174,7 +175,16 @@ def _times(result: Result, prefix: str) -> Row:
 
 
 def _run(job: Job) -> Result:
-    """Do a job in a child process that ends once it holds most of the memory that is free now."""
+    """Do a job in a child process that ends once it holds most of the memory that is free now.
+
+    On a GPU in this process: its allocator tells works apart, and says when there is no memory. To load all libraries
+    anew takes far longer than to measure.
+    """
+    if job.setting.device == "cuda":  # pragma: no cover - cuda
+        result = do(job)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return result
     free_mib = available_mib()
     limit_mib = None if free_mib is None else _SHARE_OF_MEMORY * free_mib
     with tempfile.TemporaryDirectory() as folder:

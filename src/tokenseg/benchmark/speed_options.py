@@ -10,7 +10,7 @@ from tokenseg.config import DeviceName
 from tokenseg.errors import ConfigError
 
 PrecisionName: TypeAlias = Literal["fp32", "bf16"]
-SpeedEngine: TypeAlias = Literal["torch", "torch-compile", "openvino"]
+SpeedEngine: TypeAlias = Literal["torch", "torch-compile", "openvino", "cuda-graph"]
 
 DEFAULT_NETWORKS = (
     *("tokenseg-small", "tokenseg-small-no-tokens", "tokenseg-small-no-refinement", "tokenseg-base"),
