@@ -59,9 +59,47 @@ def speed_table(precision: str) -> str:
     for network, name in SPEED_NAMES.items():
         if network in newest:
             row = newest[network]
-            ratio = f"{float(row['ratio']):.1f}" if row["ratio"] else ""
-            lines.append(f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {ratio} | {row['peak_mib']} MiB |")
+            lines.append(
+                f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {_times(row)} | {row['peak_mib']} MiB |"
+            )
     return "\n".join(lines)
+
+
+def gpu_rows(size: int, engine: str) -> dict[str, dict[str, str]]:
+    """Newest row of each network on a GPU in half precision."""
+    conditions = {"stage": "forward", "size": str(size), "engine": engine, "device": "cuda", "precision": "bf16"}
+    rows = [row for row in rows_of("speed.csv") if row["median_ms"] and conditions.items() <= row.items()]
+    return {row["network"]: row for row in rows}
+
+
+def gpu_table() -> str:
+    """Passes of all networks on a GPU, as they are and recorded, and their training steps; fastest recorded first."""
+    plain, recorded, large = gpu_rows(128, "torch"), gpu_rows(128, "cuda-graph"), gpu_rows(256, "cuda-graph")
+    # Rows without a training step are newer for the reference.
+    trained = {row["network"]: row for row in rows_of("speed.csv") if row["gpu"] and row["training_median_ms"]}
+    lines = [
+        "| network | recorded | times `small` | 256 cubed | times `small` | as it is | memory | training | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for network, row in sorted(recorded.items(), key=lambda item: float(item[1]["median_ms"])):
+        step, far = trained.get(network, {}), large.get(network, {})
+        cells = [
+            network,
+            f"{row['median_ms']} ms",
+            _times(row),
+            f"{far['median_ms']} ms" if far else "",
+            _times(far) if far else "",
+            f"{plain[network]['median_ms']} ms",
+            f"{plain[network]['peak_mib']} MiB",
+            f"{step['training_median_ms']} ms" if step else "",
+            f"{step['training_peak_mib']} MiB" if step else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times(row: dict[str, str]) -> str:
+    return f"{float(row['ratio']):.1f}" if row["ratio"] else ""
 
 
 def reduction(column: str, baseline: str) -> str:
@@ -179,6 +217,7 @@ def fill(text: str) -> str:
     tables = {
         "speed": partial(speed_table, "fp32"),
         "speed-bf16": partial(speed_table, "bf16"),
+        "speed-gpu": gpu_table,
         "accuracy": partial(accuracy_table, "accuracy_fp32"),
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "accuracy-left-atrium": partial(accuracy_table, "accuracy_left_atrium"),

@@ -19,6 +19,7 @@ from tokenseg.cli import main
 
 ROOT = Path(__file__).parents[1]
 NEAR = ("share", "base_rate", "ceiling")
+PEERS = ("nnunet-plainconv", "monai-unet")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -61,7 +62,7 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(row["peak_gb"]) < float(row["limit"].removesuffix("GB")) for row in tables.rows_of("memory.csv"))
     measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert tables.fill(measurements) == measurements
-    for table in (tables.earlier_table, tables.equal_steps_table, tables.steering_table):
+    for table in (tables.gpu_table, tables.earlier_table, tables.equal_steps_table, tables.steering_table):
         assert table() in measurements
     assert tables.speed_table("bf16") in measurements
     assert tables.accuracy_table("ablation") in measurements
@@ -140,6 +141,28 @@ def test_the_claims_table_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
     for what, column in (("the time falls", "median_ms"), ("memory falls", "peak_mib")):
         nnunet, unet = (tables.reduction(column, name) for name in ("nnunet-plainconv", "monai-unet"))
         assert f"{what} by {nnunet} against nnU-Net's network and by {unet} against `UNet` (fp32)" in claims
+
+
+def test_what_is_said_of_a_gpu_follows_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tables
+
+    monkeypatch.delitem(sys.modules, "tables")
+    recorded, plain = tables.gpu_rows(128, "cuda-graph"), tables.gpu_rows(128, "torch")
+    assert {row["gpu"] for row in (*recorded.values(), *plain.values())} == {"NVIDIA H100 80GB HBM3"}
+    small = recorded["tokenseg-small"]["median_ms"]
+    nnunet, unet = (float(recorded[name]["ratio"]) for name in ("nnunet-plainconv", "monai-unet"))
+    said = f"takes {small} ms, nnU-Net's `PlainConvUNet` {nnunet:.1f} and `UNet` {unet:.1f} times as long"
+    assert f"a window of 128 cubed {said}" in README
+    claims = (ROOT / "docs" / "paper-claims.md").read_text(encoding="utf-8")
+    less = [f"{100 * (1 - 1 / times):.0f} % less" for times in (nnunet, unet)]
+    assert f"passes recorded: {small} ms, {less[0]} than nnU-Net's network and {less[1]} than `UNet`" in claims
+    ours, theirs, other = (float(plain[name]["peak_mib"]) for name in ("tokenseg-small", *PEERS))
+    memory = f"{100 * (1 - ours / theirs):.0f} % less than nnU-Net's network and {100 * (ours / other - 1):.0f} % more"
+    assert f"on that GPU {ours / 1024:.1f} GB, {memory} than `UNet`" in claims
+    # Training as it is said: slower than UNet there.
+    steps = {row["network"]: row for row in tables.rows_of("speed.csv") if row["gpu"] and row["training_median_ms"]}
+    assert float(steps["tokenseg-small"]["training_median_ms"]) > float(steps["monai-unet"]["training_median_ms"])
 
 
 def test_the_temperature_of_the_built_in_model_is_that_which_is_said() -> None:

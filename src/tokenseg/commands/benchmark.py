@@ -16,7 +16,7 @@ from tokenseg.terminal import Terminal, say
 
 @dataclass(frozen=True)
 class Speed:
-    """Measure time, memory and operations of networks beside each other, each in a process of its own."""
+    """Measure time, memory and operations of networks beside each other; on a CPU each in a process of its own."""
 
     options: Annotated[SpeedOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=SpeedOptions)
 
