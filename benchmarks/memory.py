@@ -12,8 +12,6 @@ printed before it began.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import re
 import subprocess
 import sys
@@ -26,10 +24,11 @@ import numpy as np
 import torch
 
 from tokenseg.benchmark.networks import make_plan
+from tokenseg.benchmark.rows import append
 from tokenseg.checkpoint import ModelFacts, save_model
 from tokenseg.config import PRESETS, Label
 from tokenseg.model.network import TokenSeg
-from tokenseg.provenance import commit, manifest
+from tokenseg.provenance import manifest
 
 COLUMNS = (
     "date",
@@ -119,19 +118,9 @@ def _measure(folder: Path, num_labels: int, limit: str, threads: int) -> dict[st
 
 
 def _append(path: Path, row: dict[str, object]) -> None:
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(
-            {
-                "date": datetime.date.today().isoformat(),
-                "commit": commit(),
-                "cpu": manifest(torch.device("cpu"))["cpu"],
-                **row,
-            }
-        )
+    conditions = manifest(torch.device("cpu"))
+    common = {name: conditions[name] for name in ("date", "commit", "cpu")}
+    append(path, COLUMNS, [common | {name: str(value) for name, value in row.items()}])
     print(row)
 
 

@@ -9,7 +9,6 @@ Usage: python benchmarks/near_boundary.py DATASET RUN [--csv benchmarks/near_bou
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tokenseg.benchmark.rows import append
 from tokenseg.boundary import NearBoundary
 from tokenseg.checkpoint import Model, load_model
 from tokenseg.data.cases import Case, Dataset
@@ -38,24 +38,19 @@ def main() -> None:
     fold, case_ids = validation_cases(arguments.run)
     measured = [near for case in dataset.cases if case.case_id in case_ids if (near := measure(model, dataset, case))]
     run = arguments.run.name + (" (its training cases)" if fold == "all" else "")
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for near in zip(*measured, strict=True):
-            row = {
-                "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-                "dataset": arguments.dataset.name,
-                "run": run,
-                "n": len(measured),
-                "radius_mm": near[0].radius_mm,
-                "kept": model.facts.network.num_kept,
-            }
-            # Enrichment is not defined where no cell is near.
-            row |= {name: f"{np.nanmean([getattr(each, name) for each in near]):.4f}" for name in FIGURES}
-            writer.writerow(row)
-            print(row)
+    for near in zip(*measured, strict=True):
+        row = {
+            "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "dataset": arguments.dataset.name,
+            "run": run,
+            "n": str(len(measured)),
+            "radius_mm": str(near[0].radius_mm),
+            "kept": str(model.facts.network.num_kept),
+        }
+        # Enrichment is not defined where no cell is near.
+        row |= {name: f"{np.nanmean([getattr(each, name) for each in near]):.4f}" for name in FIGURES}
+        append(arguments.csv, COLUMNS, [row])
+        print(row)
 
 
 def validation_cases(run: Path) -> tuple[int | str, set[str]]:

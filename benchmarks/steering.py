@@ -14,9 +14,7 @@ all foreground; cases without any are left out of its mean. The row `all` adds u
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,11 +26,13 @@ import numpy as np
 import torch
 from scipy.ndimage import label
 
+from tokenseg.benchmark.rows import Row, append
 from tokenseg.checkpoint import Model, load_model
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import load_case, open_dataset
 from tokenseg.data.preprocess import prepare_image, prepare_labels, rows_of
 from tokenseg.data.restore import restore_logits
+from tokenseg.provenance import commit
 from tokenseg.shapes import ImageArray
 from tokenseg.steering import Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
 from tokenseg.windows import num_windows, pad_rows
@@ -69,28 +69,23 @@ def main() -> None:
     if arguments.sweep:
         sweep(model, dataset, cases)
         return
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     common = {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "dataset": f"{arguments.dataset.resolve().parent.name}/{arguments.dataset.resolve().name}",
         "model": model.facts.name,
-        "threads": arguments.threads,
+        "threads": str(arguments.threads),
     }
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        rows = []
-        for case in cases:
-            rows += measure(model, dataset, case)
-            for row in rows[-len(MODES) :]:
-                print(row, flush=True)
-        for row in (*rows, *summary(rows)):
-            writer.writerow(
-                common | {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()}
-            )
+    rows = []
+    for case in cases:
+        rows += measure(model, dataset, case)
+        for row in rows[-len(MODES) :]:
+            print(row, flush=True)
+    append(arguments.csv, COLUMNS, [common | _texts(row) for row in (*rows, *summary(rows))])
+
+
+def _texts(row: dict[str, Any]) -> Row:
+    return {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
 def measure(model: Model, dataset: Dataset, case: Case) -> list[dict[str, Any]]:

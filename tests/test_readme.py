@@ -198,8 +198,22 @@ def test_what_is_said_of_quality_signals_comes_from_the_rows() -> None:
 
     named = re.findall(r"(-?0\.\d\d) for `(\w+)`", page)
     assert [correlation(rows, signal) for _, signal in named] == [figure for figure, _ in named]
+    assert len(named) == 3
     entropy, boundary, expected = (correlation(longer, signal) for _, signal in named)
     assert f"it is {entropy}, {boundary} and {expected}" in " ".join(page.split())
     dice = [float(row["dice"]) for row in rows]
     assert f"{len(rows)} validation cases" in " ".join(page.split())
     assert f"between {min(dice):.2f} and {max(dice):.2f}" in " ".join(page.split())
+    with (ROOT / "benchmarks" / "quality_spoiled.csv").open(newline="") as file:
+        spoiled = list(csv.DictReader(file))
+    assert {row["case"] for row in spoiled} == {row["case"] for row in rows}
+    assert f"{len(spoiled)} scans" in page
+    failed = [row for row in spoiled if float(row["dice"]) < 0.7]
+    others = [row for row in spoiled if float(row["dice"]) >= 0.7]
+    for signal, sign in (("entropy", 1), ("near_boundary", 1), ("expected_dice", -1)):
+        pairs = [sign * (float(bad[signal]) - float(good[signal])) for bad in failed for good in others]
+        told = (sum(pair > 0 for pair in pairs) + 0.5 * pairs.count(0)) / len(pairs)
+        assert f"| `{signal}` | {correlation(spoiled, signal)} | {100 * told:.0f} % |" in page
+    flagged = [sum(row["flags"] != "0" for row in some) for some in (failed, others)]
+    assert flagged[0] == 0
+    assert f"None of the {len(failed)} failures had a flag, {flagged[1]} other scans had" in page
