@@ -6,6 +6,7 @@ import csv
 import json
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -162,9 +163,14 @@ def test_a_slow_writer_holds_nothing_up_but_itself(tmp_path, monkeypatch):
 def test_a_gpu_without_memory_ends_on_the_cpu_and_says_so(tmp_path, failures, notes):
     write_nifti(tmp_path / "in" / "a.nii.gz", phantom(0)[0][0])
 
+    held = []
+
     def answer(images: torch.Tensor) -> torch.Tensor:
+        assert all(reference() is None for reference in held), "what a failed pass had made is gone"
         answer.calls += 1
         if answer.calls <= failures:
+            made = 2 * images
+            held.append(weakref.ref(made))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.cat([0 * images, images - 50], dim=1)
 

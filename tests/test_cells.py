@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tokenseg.model.cells import cell_boxes_vox, expand_cells, pool_cells
 
@@ -103,6 +104,15 @@ def test_whoever_changes_boxes_changes_no_others() -> None:
     expected = first.clone()
     first.zero_()
     assert torch.equal(cell_boxes_vox(*arguments), expected)
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    size = (11, 8, 6)  # of this test alone
+    with FakeTensorMode():
+        assert pool_cells(torch.zeros(1, 2, *size), (3, 2, 2)).shape == (1, 3, 2, 2, 2)
+    assert torch.equal(pool_cells(torch.ones(1, 2, *size), (3, 2, 2)), torch.ones(1, 3, 2, 2, 2))
+    with FakeTensorMode():
+        pool_cells(torch.zeros(1, 2, *size), (3, 2, 2))
 
 
 def test_a_map_in_half_precision_has_its_own_matrices() -> None:

@@ -334,7 +334,7 @@ def test_a_killed_run_ends_bit_identical(dataset: Path, config: Path, straight: 
     assert not (run / "model").exists()
     told = Told()
     train(dataset, run, RESUME, told)
-    assert told.messages[0] == f"resuming {run}; settings are those it was started with"
+    assert told.messages[0] == f"resuming {run}; settings are those of its config.toml"
     done = next(stage[2] for stage in told.stages if stage[0] == "training")
     assert 1 <= done < 12
     assert losses(run) == losses(straight)
@@ -501,6 +501,22 @@ def test_a_damaged_state_is_refused(dataset: Path, options: TrainOptions, tmp_pa
         FileError, match=r"training state .*state\.safetensors cannot be used: .*; start again in a new"
     ):
         train(dataset, tmp_path / "run", RESUME)
+
+
+def test_other_scans_of_the_same_names_are_refused_on_resuming(
+    dataset: Path, options: TrainOptions, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    path = other / "imagesTr" / "case_004.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj) + 1, image.affine), path)
+    interrupted(dataset, tmp_path / "run", options, "training")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(DataError, match=r"started on other scans: case_004 of .*other holds other voxels; give the da"):
+        train(other, tmp_path / "run", RESUME)
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    train(dataset, tmp_path / "run", RESUME)
 
 
 def test_other_cases_are_refused_on_resuming(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:

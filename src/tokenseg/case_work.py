@@ -116,16 +116,24 @@ def read_case(work: Work, models: Sequence[Model], settings: Sequence[str], prog
 @_guarded
 def compute_mask(work: Work, models: Sequence[Model], progress: Progress) -> None:
     """Segment the scan; where a GPU runs out of memory once more with what it had cached, and then on the CPU."""
+    if _fits(work, models):
+        return
+    torch.cuda.empty_cache()
+    _note(work, "the GPU ran out of memory: once more, with its cache emptied", progress)
+    if _fits(work, models):
+        return
+    torch.cuda.empty_cache()
+    _note(work, "the GPU ran out of memory again: on the CPU", progress)
+    _segment(work, [_on_cpu(model) for model in models])
+
+
+def _fits(work: Work, models: Sequence[Model]) -> bool:
+    """Segment; False where a GPU has no memory for it. The error is gone by then, and the tensors that it held."""
     try:
         _segment(work, models)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        _note(work, "the GPU ran out of memory: once more, with its cache emptied", progress)
-        try:
-            _segment(work, models)
-        except torch.OutOfMemoryError:
-            _note(work, "the GPU ran out of memory again: on the CPU", progress)
-            _segment(work, [_on_cpu(model) for model in models])
+        return False
+    return True
 
 
 def write_case(work: Work, models: Sequence[Model]) -> tuple[CaseResult, CaseStatus]:

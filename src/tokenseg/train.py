@@ -43,7 +43,14 @@ from tokenseg.config import (
 from tokenseg.data.cases import Case, Dataset, Split, first_few
 from tokenseg.data.datasets import open_dataset
 from tokenseg.data.findings import compare_cases
-from tokenseg.data.fingerprint import CaseFingerprint, Fingerprint, label_volumes_ml, take_fingerprint
+from tokenseg.data.fingerprint import (
+    CaseFingerprint,
+    Fingerprint,
+    check_same_scans,
+    label_volumes_ml,
+    read_fingerprint,
+    take_fingerprint,
+)
 from tokenseg.data.planner import make_plan
 from tokenseg.data.splits import split_folds
 from tokenseg.data.suitability import InputFacts, summarise_inputs
@@ -184,7 +191,7 @@ def _may_resume(run_path: Path, options: TrainOptions, progress: Progress) -> bo
         _refuse_foreign(run_path)
     remove_leftovers(run_path)
     if exists:
-        progress.message(f"resuming {run_path}; settings are those it was started with")
+        progress.message(f"resuming {run_path}; settings are those of its config.toml")
     if options.resume and not exists:
         progress.message(f"nothing to resume in {run_path}; starting a new run")
     return exists
@@ -248,11 +255,8 @@ def _inputs(setup: _Setup, run_path: Path) -> InputFacts | None:
 
 def _training_cases(setup: _Setup, run_path: Path) -> list[CaseFingerprint]:
     """Fingerprints of the training cases; none where there is no file, or one of an earlier version."""
-    try:
-        fingerprint = Fingerprint.model_validate_json((run_path / "fingerprint.json").read_bytes())
-    except (OSError, ValueError):
-        return []
-    return [case for case in fingerprint.cases if case.case_id in setup.split.train]
+    known = read_fingerprint(run_path / "fingerprint.json")
+    return [case for case in known if case.case_id in setup.split.train]
 
 
 def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setup:
@@ -275,6 +279,7 @@ def _load_setup(dataset_path: Path, run_path: Path, progress: Progress) -> _Setu
             f"run {run_path} was started on other cases: {first_few(absent)} not in {dataset_path}; "
             "give the dataset it was started with"
         )
+    check_same_scans(dataset, read_fingerprint(run_path / "fingerprint.json"))
     if threads != torch.get_num_threads():
         progress.message(f"note: {threads} threads before, {torch.get_num_threads()} now: not bit-identical")
     config = read_run_config(run_path / "config.toml")

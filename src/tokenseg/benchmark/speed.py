@@ -25,14 +25,17 @@ from tokenseg.benchmark.passes import Setting
 from tokenseg.benchmark.rows import Row, append, read_rows
 from tokenseg.benchmark.speed_options import PrecisionName, SpeedOptions
 from tokenseg.benchmark.speed_rows import COLUMNS, FORWARD
-from tokenseg.benchmark.worker import Job, Result, do, to_json
+from tokenseg.benchmark.worker import Job, Result, do, fault_text, to_json
 from tokenseg.device import bfloat16_helps, choose_device
+from tokenseg.errors import ConfigError
 from tokenseg.memory import available_mib
 from tokenseg.progress import Progress, Silent
 from tokenseg.provenance import manifest
 from tokenseg.shapes import times
 
 _SHARE_OF_MEMORY = 0.9
+_COMPUTES_ON = {"openvino": "cpu", "cuda-graph": "cuda"}
+"""Engines that are not for every device."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def measure_speed(options: SpeedOptions, progress: Progress | None = None) -> li
         The rows, texts by `COLUMNS`.
 
     Raises:
-        ConfigError: The options cannot be meant, or the file has other columns.
+        ConfigError: The options cannot be meant, an engine is not of the device, or the file has other columns.
         FileError: The file cannot be read or written.
     """
     options.check()
@@ -66,6 +69,9 @@ def measure_speed(options: SpeedOptions, progress: Progress | None = None) -> li
     if options.csv is not None:
         read_rows(options.csv, COLUMNS)
     device, progress = choose_device(options.device), progress or Silent()
+    for engine, kind in _COMPUTES_ON.items():
+        if engine in options.engines and device.type != kind:
+            raise ConfigError(f"--engines {engine}: computes on {kind}, not on {device.type}; give --device {kind}")
     conditions = manifest(device)
     settings = [
         Setting(size, precision, engine, device.type, options.threads or torch.get_num_threads())
@@ -95,7 +101,7 @@ def _measured(options: SpeedOptions, settings: list[Setting]) -> Iterator[list[R
 
 
 def _row(cell: _Cell, options: SpeedOptions) -> Row:
-    """Times beside the reference, then memory, each in a fresh process; nothing further once it does not fit."""
+    """Times beside the reference, then memory; nothing further once it does not fit."""
     row = _identity(FORWARD, cell.network, cell.setting, options)
     latency = _latency(cell, options)
     result = _run(latency)
@@ -181,7 +187,10 @@ def _run(job: Job) -> Result:
     anew takes far longer than to measure.
     """
     if job.setting.device == "cuda":  # pragma: no cover - cuda
-        result = do(job)
+        try:
+            result = do(job)
+        except Exception as error:  # of another package's network: in a process of its own it would be a row too
+            result = Result(fault=fault_text(error))
         gc.collect()
         torch.cuda.empty_cache()
         return result

@@ -1,7 +1,7 @@
 """The process in which one network is measured: `python -m tokenseg.benchmark.worker JOB.json RESULT.json`.
 
 A process of its own, because memory can only be told apart in a fresh one, and because one network that needs too much
-must not take the others with it.
+must not take the others with it. On a GPU neither is so, and the jobs are done by the command itself.
 """
 
 from __future__ import annotations

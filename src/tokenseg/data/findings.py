@@ -21,6 +21,7 @@ from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
 from tokenseg.data.formats import read_values
 from tokenseg.data.grids import fill_one_box, relate_grids
+from tokenseg.data.spread import spread_of
 from tokenseg.data.volume import Grid, read_grid
 from tokenseg.errors import TokenSegError
 from tokenseg.progress import Progress
@@ -38,6 +39,7 @@ FEW_VALUES = 16
 """An image with at most so many distinct values looks like a mask."""
 OUTLIER = 8.0
 """Distance from the median in robust deviations (1.4826 times the median absolute deviation)."""
+_MEND_FEW = "look at the image: hot voxels, or a fill value?"
 SPACING_OUTLIER = 3.0
 """Times the median spacing, or a third of it."""
 
@@ -86,12 +88,18 @@ def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
 
 
 def compare_cases(cases: Sequence[CaseFingerprint]) -> list[Finding]:
-    """What shows only across cases, of cases that were read to train on: one image in two of them, spacings far off."""
+    """What is odd in cases that were read to train on: one image in two of them, spacings far off, voxels far off."""
     facts = _Facts(spacings={case.case_id: case.spacing_mm for case in cases})
     for case in cases:
         for digest in case.image_sha256:
             facts.digests[digest].append(case.case_id)
-    return [*_duplicates(facts), *_spacing_outliers(facts)]
+    few = [
+        Finding("warning", case.case_id, "values", channel.ruled_by_few, _MEND_FEW)
+        for case in cases
+        for channel in case.all_voxels
+        if channel.ruled_by_few
+    ]
+    return [*_duplicates(facts), *_spacing_outliers(facts), *few]
 
 
 def check_files(paths: Sequence[Path]) -> list[Finding]:
@@ -150,6 +158,10 @@ def _image_findings(dataset: Dataset, case: Case, path: Path, grid: Grid, facts:
     if len(np.unique(sample)) <= FEW_VALUES and len(np.unique(values)) <= FEW_VALUES:
         text = f"{path.name} holds {len(np.unique(values))} distinct values, as a mask does"
         yield Finding("warning", case.case_id, "values", text, "is it the image?")
+    spreads = [spread_of(values)] if values.ndim < 4 else [spread_of(channel) for channel in np.moveaxis(values, 3, 0)]
+    for spread in spreads:
+        if spread.is_ruled_by_few:
+            yield Finding("warning", case.case_id, "values", f"{path.name}: {spread}", _MEND_FEW)
 
 
 def _label_findings(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -18,9 +19,11 @@ from nibabel.orientations import io_orientation
 from tokenseg.config import Fraction, Label, Settings, Spacing3, Vox3
 from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.datasets import LabelledCase, load_case
+from tokenseg.data.spread import spread_of
 from tokenseg.errors import DataError, TokenSegError
 
 _SAMPLES_A_CASE = 10_000
+_LOOKED_AT = 3
 
 _Values: TypeAlias = Float[np.ndarray, "C N"]
 
@@ -43,6 +46,8 @@ class VoxelRange(Settings):
     minimum: float
     negative_share: Fraction
     """Share of the voxels below 0."""
+    ruled_by_few: str = ""
+    """Where a few voxels are so far off that they are cut off: in words; else empty."""
 
 
 class CaseFingerprint(Settings):
@@ -121,6 +126,30 @@ def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | Non
     return Fingerprint(cases=tuple(cases), intensities=_intensities(pooled))
 
 
+def read_fingerprint(path: Path) -> tuple[CaseFingerprint, ...]:
+    """The cases of a saved fingerprint; none where there is no file, or one of an earlier version."""
+    try:
+        return Fingerprint.model_validate_json(path.read_bytes()).cases
+    except (OSError, ValueError):
+        return ()
+
+
+def check_same_scans(dataset: Dataset, known: Sequence[CaseFingerprint]) -> None:
+    """Look at a few cases that are known by name, whether they hold the voxels that are known of them.
+
+    Raises:
+        TokenSegError: A case holds other voxels, or cannot be read.
+    """
+    told = {case.case_id: case.image_sha256 for case in known if case.image_sha256}
+    chosen = [case for case in dataset.cases if case.case_id in told]
+    for case in chosen[:: max(1, len(chosen) // _LOOKED_AT)]:
+        if _image_digests(dataset, load_case(dataset, case)) != told[case.case_id]:
+            raise DataError(
+                f"the run was started on other scans: {case.case_id} of {dataset.root} holds other voxels; "
+                "give the dataset it was started with, or start a new run"
+            )
+
+
 def _raise_first(faults: list[TokenSegError], dataset: Dataset) -> None:
     if len(faults) == 1:
         raise faults[0]
@@ -142,8 +171,12 @@ def _case_fingerprint(
         intensities=_intensities(values),
         label_voxels=label_voxels,
         all_voxels=_voxel_ranges(dataset, loaded),
-        image_sha256=tuple(voxel_digest(loaded.volume.array[row]) for row in _source_rows(dataset, loaded)),
+        image_sha256=_image_digests(dataset, loaded),
     )
+
+
+def _image_digests(dataset: Dataset, loaded: LabelledCase) -> tuple[str, ...]:
+    return tuple(voxel_digest(loaded.volume.array[row]) for row in _source_rows(dataset, loaded))
 
 
 def voxel_digest(values: Shaped[np.ndarray, "*shape"]) -> str:
@@ -169,8 +202,14 @@ def _foreground(dataset: Dataset, loaded: LabelledCase) -> _Values:
 
 def _voxel_ranges(dataset: Dataset, loaded: LabelledCase) -> tuple[VoxelRange, ...]:
     channels = loaded.volume.array[_source_rows(dataset, loaded)]
+    spreads = [spread_of(channel) for channel in channels]
     return tuple(
-        VoxelRange(minimum=float(channel.min()), negative_share=float((channel < 0).mean())) for channel in channels
+        VoxelRange(
+            minimum=spread.least,
+            negative_share=float((channel < 0).mean()),
+            ruled_by_few=str(spread) if spread.is_ruled_by_few else "",
+        )
+        for channel, spread in zip(channels, spreads, strict=True)
     )
 
 

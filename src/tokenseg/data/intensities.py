@@ -1,6 +1,7 @@
 """Intensities as the network takes them: channels picked by name, differences formed, normalised by the whole scan.
 
-Statistics are gathered a plane at a time, along the last stored axis, so that they take no memory to speak of.
+Statistics are gathered a plane at a time, along the last stored axis, so that they take no memory to speak of. A few
+voxels that are far off (`spread.py`) are cut off first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tokenseg.config import ChannelNormalisation, Plan
+from tokenseg.data.spread import spread_of_difference
 from tokenseg.data.volume import Volume
 from tokenseg.errors import DataError
 from tokenseg.shapes import ImageArray
@@ -79,21 +81,41 @@ def find_scalings(volume: Volume, plan: Plan) -> list[Scaling]:
             _find_scaling(channel_terms(expression, volume), rule)
             for expression, rule in zip(plan.channels, plan.normalisation, strict=True)
         ]
-    mean, std = _mean_std([[channel] for channel in volume.array])
+    mean, std = _mean_std([_Image.of([channel]) for channel in volume.array])
+    images = [_Image.of(channel_terms(expression, volume)) for expression in plan.channels]
     # The mean cancels in a difference of two channels.
-    return [Scaling(0.0 if " - " in expression else mean, std) for expression in plan.channels]
+    return [Scaling(0.0 if len(image.terms) > 1 else mean, std, image.low, image.high) for image in images]
 
 
 def _find_scaling(terms: Sequence[Float[np.ndarray, "X Y Z"]], rule: ChannelNormalisation) -> Scaling:
     if rule.kind == "window":
         return Scaling(rule.mean, rule.std, rule.low, rule.high)
-    least = min(float(plane.min()) for plane in _planes(terms))
-    num_padding = sum(int((plane == least).sum()) for plane in _planes(terms))
+    image = _Image.of(terms)
+    least = min(float(plane.min()) for plane in image.planes())
+    num_padding = sum(int((plane == least).sum()) for plane in image.planes())
     if num_padding > PADDING_FRACTION * terms[0].size:
-        inside = _mean_std([terms], above=least)
+        inside = _mean_std([image], above=least)
         if inside.std:
-            return Scaling(*inside)
-    return Scaling(*_mean_std([terms]))
+            return Scaling(*inside, image.low, image.high)
+    return Scaling(*_mean_std([image]), image.low, image.high)
+
+
+class _Image(NamedTuple):
+    """A channel or a difference of several, as stored, and the limits beyond which a few voxels are far off."""
+
+    terms: Sequence[Float[np.ndarray, "X Y Z"]]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, terms: Sequence[Float[np.ndarray, "X Y Z"]]) -> _Image:
+        return cls(terms, *spread_of_difference(terms).limits)
+
+    def planes(self) -> Iterator[Float[np.ndarray, "X Y"]]:
+        """Along the last axis, cut off at the limits."""
+        for index in range(self.terms[0].shape[2]):
+            plane = reduce(np.subtract, [term[:, :, index] for term in self.terms])
+            yield plane if (self.low, self.high) == (-np.inf, np.inf) else np.clip(plane, self.low, self.high)
 
 
 class _MeanStd(NamedTuple):
@@ -101,12 +123,12 @@ class _MeanStd(NamedTuple):
     std: float
 
 
-def _mean_std(channels: Sequence[Sequence[Float[np.ndarray, "X Y Z"]]], above: float = -np.inf) -> _MeanStd:
+def _mean_std(images: Sequence[_Image], above: float = -np.inf) -> _MeanStd:
     """Mean and deviation of all voxels above a value; a deviation of 1 where all are the same, 0 where none is."""
 
     def values() -> Iterator[Float[np.ndarray, "*n"]]:
-        for terms in channels:
-            for plane in _planes(terms):
+        for image in images:
+            for plane in image.planes():
                 yield plane if above == -np.inf else plane[plane > above]
 
     parts = [(part.size, float(part.sum(dtype=np.float64))) for part in values()]
@@ -121,8 +143,3 @@ def _mean_std(channels: Sequence[Sequence[Float[np.ndarray, "X Y Z"]]], above: f
     mean = math.fsum(total for _, total in parts) / count
     squares = math.fsum(float(np.square(part - np.float64(mean)).sum()) for part in values())
     return _MeanStd(mean, math.sqrt(squares / count))
-
-
-def _planes(terms: Sequence[Float[np.ndarray, "X Y Z"]]) -> Iterator[Float[np.ndarray, "X Y"]]:
-    for index in range(terms[0].shape[2]):
-        yield reduce(np.subtract, [term[:, :, index] for term in terms])

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from tokenseg.config import Settings
 from tokenseg.data.fingerprint import CaseFingerprint
 from tokenseg.data.orientation import to_canonical
+from tokenseg.data.spread import HOUNSFIELD_MINIMUM, spread_of
 from tokenseg.data.volume import Volume
 from tokenseg.shapes import times
 
@@ -25,8 +26,6 @@ Range3: TypeAlias = tuple[Range, Range, Range]
 FAR = 2.0
 """A size this many times above the largest of training, or below the smallest, is far off."""
 _ROUNDING = 1 + 1e-6
-_HOUNSFIELD_MINIMUM = (-4100, -500)
-"""Where a CT scan has its smallest value: air is at -1000, padding down to -4096; few MR scans reach -500."""
 _AIR = (-1100.0, -900.0)
 _NEGATIVE_SHARE = 0.05
 """Resampling leaves a few values below 0 around sharp edges; a larger share is another kind of image."""
@@ -107,11 +106,10 @@ def check_input(volume: Volume, facts: InputFacts | None) -> tuple[str, ...]:
     turned, spacing_mm = to_canonical(volume.array[0], volume.affine)
     sizes = _sizes(turned.shape, spacing_mm)
     warnings = [_extent_warning(sizes, facts), _spacing_warning(sizes, facts)]
-    warnings += [
-        _value_warning(volume.array[volume.channels.index(known.name)], known)
-        for known in facts.channels
-        if known.name in volume.channels
-    ]
+    for known in facts.channels:
+        if known.name in volume.channels:
+            values = volume.array[volume.channels.index(known.name)]
+            warnings += [_value_warning(values, known), _spread_warning(values, known)]
     return tuple(warning for warning in warnings if warning)
 
 
@@ -151,7 +149,7 @@ def _spacing_warning(sizes: _Sizes, facts: InputFacts) -> str:
 
 def _value_warning(values: Float[np.ndarray, "X Y Z"], known: ChannelRange) -> str:
     minimum, negative = float(values.min()), _share(values, -np.inf, 0.0, ends=False)
-    below, above = _HOUNSFIELD_MINIMUM
+    below, above = HOUNSFIELD_MINIMUM
     trained = f"the smallest value of a training scan of {known.name} was {_ranges([known.minimum], ' to ')}"
     if below <= minimum <= above < known.minimum[0]:
         air = _share(values, *_AIR, ends=True)
@@ -166,6 +164,12 @@ def _value_warning(values: Float[np.ndarray, "X Y Z"], known: ChannelRange) -> s
             f"in training at most {known.negative_share[1]:.0%}; is it CT, or normalised?"
         )
     return ""
+
+
+def _spread_warning(values: Float[np.ndarray, "X Y Z"], known: ChannelRange) -> str:
+    spread = spread_of(values)
+    is_ct = known.minimum[1] <= HOUNSFIELD_MINIMUM[1]
+    return f"{known.name}: {spread}; look at the scan" if spread.is_ruled_by_few and not is_ct else ""
 
 
 def _share(values: Float[np.ndarray, "X Y Z"], low: float, high: float, *, ends: bool) -> float:

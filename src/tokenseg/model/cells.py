@@ -14,7 +14,7 @@ Feature maps are (B, W, X, Y, Z) stored channels-last, so that a row of channels
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TypeAlias
 
 import torch
@@ -27,8 +27,7 @@ from tokenseg.shapes import Features
 Size: TypeAlias = tuple[int, int, int]
 _Build: TypeAlias = Callable[[int, int, torch.device], Tensor]
 
-# An image size needs about thirty matrices, and one set of boxes.
-_KEPT_MATRICES, _KEPT_BOXES = 512, 32
+_KEPT_BOXES = 32
 
 
 def pool_cells(features: Features, grid: tuple[int, int, int]) -> Float[Tensor, "B x y z W"]:
@@ -72,7 +71,7 @@ def _along(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 def _is_recorded() -> bool:
     """Whether sizes may be symbols, or operations are written down instead of done: then nothing may be kept."""
-    return is_traced() or torch.compiler.is_compiling()
+    return is_traced() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _boxes_vox(sizes: tuple[Size, ...], strides: tuple[Size, ...], grid: Size, image_size: Size) -> Tensor:
@@ -95,12 +94,13 @@ def _kept_boxes_vox(sizes: tuple[Size, ...], strides: tuple[Size, ...], grid: Si
 
 
 def _matrix(build: _Build, size: int, count: int, like: Tensor) -> Tensor:
-    if _is_recorded():
+    if _is_recorded() or type(like) is not Tensor:
         return build(size, count, like.device).to(like.dtype)
     return _kept_matrix(build, size, count, like.device, like.dtype)
 
 
-@lru_cache(maxsize=_KEPT_MATRICES)
+# For good: a recorded pass (`replay.py`) reads them. The lengths that images have at four levels bound their number.
+@cache
 def _kept_matrix(build: _Build, size: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # What is made in inference mode cannot be trained with, and it may be needed there first.
     with torch.inference_mode(mode=False):
