@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -223,7 +224,24 @@ def test_two_studies_are_two_exams(tmp_path):
     mixed = tmp_path / "mixed"
     for _ in range(2):
         write_series(mixed, numbers=[*range(len(list(mixed.glob("*"))), len(list(mixed.glob("*"))) + NUM_SLICES)])
-    assert [exam.name for exam in list_exams(mixed)] == ["mixed-1", "mixed-2"]
+    names = {exam.name: exam.series[0].study_uid for exam in list_exams(mixed)}
+    assert set(names) == {f"mixed-{hashlib.sha256(uid.encode()).hexdigest()[:8]}" for uid in names.values()}
+    write_series(mixed, numbers=[*range(100, 100 + NUM_SLICES)])
+    later = {exam.name: exam.series[0].study_uid for exam in list_exams(mixed)}
+    assert len(later) == 3
+    assert names.items() <= later.items(), "another study changes no name"
+
+
+@pytest.mark.parametrize("kind", ["LOCALIZER", "SCOUT_IMAGE"])
+def test_a_localizer_of_parallel_slices_is_passed_over(tmp_path, kind):
+    study = {"StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "exam" / "scan", tags=study | {"SeriesDescription": "T1 fl3d"}, add=7)
+    loc = {"ImageType": ["ORIGINAL", "PRIMARY", kind], "SeriesDescription": "MRI LOC 3PL"}
+    write_series(tmp_path / "exam" / "loc", tags=study | loc)
+    check_in_place(read(tmp_path / "exam"), add=7)
+    check_in_place(read(tmp_path / "exam", "LOC"))  # named by the user
+    with pytest.raises(DataError, match=r"with parallel slices that is no localizer: \n.*LOC 3PL"):
+        read(tmp_path / "exam" / "loc")
 
 
 EVEN = [STEP_MM * index for index in range(NUM_SLICES)]
@@ -235,7 +253,7 @@ EVEN = [STEP_MM * index for index in range(NUM_SLICES)]
         ([*EVEN[:3], *EVEN[4:]], r"1 slice\(s\) are missing \(between -1.00 and 5.00 mm"),
         ([*EVEN[:2], *EVEN[5:]], r"3 slice\(s\) are missing"),
         ([*EVEN[:5], EVEN[4] + 4.5, EVEN[4] + 9], "distances between slices differ: 3.000 to 4.500 mm, mostly 3.000"),
-        ([*EVEN, EVEN[2]], "positions hold 1.125 slices on average"),
+        ([*EVEN, EVEN[2]], "1 of 8 positions hold several slices .first at -1.00 mm along"),
     ],
 )
 def test_gaps_and_doubles_are_named(tmp_path, heights, said):
@@ -248,7 +266,7 @@ def test_duplicated_files_are_named(tmp_path):
     paths = write_series(tmp_path / "exam")
     for path in paths:
         shutil.copy(path, path.with_name(f"copy-{path.name}"))
-    with pytest.raises(DataError, match=r"positions hold 2 slices on average.*duplicated"):
+    with pytest.raises(DataError, match=r"8 of 8 positions hold several slices.*duplicated"):
         read(tmp_path / "exam")
 
 
@@ -285,7 +303,7 @@ def test_mixed_slices_are_named(tmp_path, tag, value, said):
     [
         ("ImageOrientationPatient", [1, 0, 0, 1, 0, 0], "no two perpendicular directions"),
         ("PixelSpacing", [0, 1], "not a number above 0"),
-        ("ImagePositionPatient", None, "no ImagePositionPatient"),
+        ("ImagePositionPatient", None, r"slice\(s\) do not say where they are \(ImagePositionPatient, Image"),
     ],
 )
 def test_slices_without_a_place_are_named(tmp_path, tag, value, said):
@@ -390,7 +408,7 @@ def test_a_phase_that_lacks_a_slice_within_a_series(tmp_path):
     for number in range(2):
         write_series(tmp_path / "exam" / str(number), tags=tags | {"TemporalPositionIdentifier": number + 1})
     next((tmp_path / "exam" / "1").glob("*-3")).unlink()
-    with pytest.raises(DataError, match=r"positions hold 1\.875 slices on average.*phases are incomplete"):
+    with pytest.raises(DataError, match=r"7 of 8 positions hold several slices.*phases are incomplete"):
         read(tmp_path / "exam", plan=DCE)
 
 
@@ -426,7 +444,7 @@ def test_every_truncation_of_the_last_slice_is_refused(tmp_path):
         path.write_bytes(content[:length])
         with pytest.raises(TokenSegError) as fault:
             read(tmp_path / "exam")
-        named = (path.name, "is truncated", "no ImagePositionPatient", "which study")
+        named = (path.name, "is truncated", "do not say where they are", "which study")
         assert any(text in str(fault.value) for text in named), (length, str(fault.value))
 
 
@@ -617,7 +635,7 @@ def test_a_series_with_one_bad_slice_is_still_the_one_that_is_meant(tmp_path):
 
     write_series(tmp_path / "exam" / "1", tags=study | {"SeriesDescription": "T1"}, change=lose)
     write_series(tmp_path / "exam" / "2", tags=study | {"SeriesDescription": "DWI"})
-    with pytest.raises(GeometryError, match=r"T1, .*1 slice\(s\) have no ImagePositionPatient"):
+    with pytest.raises(GeometryError, match=r"T1, .*1 slice\(s\) do not say where they are \(ImagePositionPatient"):
         read(tmp_path / "exam", plan=plan_of(("T1",)))
 
 

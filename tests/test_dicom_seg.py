@@ -106,6 +106,36 @@ def test_enhanced_scans(tmp_path, order):
     check_valid(tmp_path / "a_seg.dcm")
 
 
+@pytest.mark.parametrize("gap_mm", [0.2, 7.0])
+@pytest.mark.parametrize("enhanced", [False, True])
+def test_a_gap_that_the_scan_calls_spacing_is_not_carried_over(tmp_path, enhanced, gap_mm):
+    def change(_: int, dataset: Dataset) -> None:
+        dataset.SpacingBetweenSlices = gap_mm
+
+    if enhanced:
+        path = write_enhanced(tmp_path / "exam.dcm")
+        dataset = dcmread(path)
+        for groups in (dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence):
+            for each in groups:
+                for measures in each.get("PixelMeasuresSequence", ()):
+                    measures.SpacingBetweenSlices = gap_mm
+        dataset.save_as(path)
+    else:
+        path = tmp_path / "exam"
+        write_series(path, change=change)
+    volume = read(path)
+    write(tmp_path / "a_seg.dcm", lopsided(), volume)
+    seg = highdicom.seg.segread(tmp_path / "a_seg.dcm")
+    told = seg.get_volume(combine_segments=True, relabel=True)
+    assert told.spacing[0] == pytest.approx(volume.spacing_mm[2])
+    np.testing.assert_allclose(centroid_by_frames(tmp_path / "a_seg.dcm"), _centroid(volume), atol=1e-4)
+    check_valid(tmp_path / "a_seg.dcm")
+
+
+def _centroid(volume: Volume) -> np.ndarray:
+    return nib.affines.apply_affine(volume.affine, np.argwhere(lopsided() > 0)).mean(axis=0)
+
+
 def test_another_reader_finds_the_same(tmp_path):
     write_series(tmp_path / "exam", orientation=ORIENTATIONS["coronal"], numbers=list(range(8, 0, -1)))
     volume = read(tmp_path / "exam")

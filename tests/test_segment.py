@@ -419,6 +419,20 @@ def test_images_and_foreign_masks_are_never_overwritten(toy, tmp_path):
     assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
 
 
+def test_a_single_mask_replaces_only_one_of_its_kind(toy, tmp_path):
+    scan = write_scans(tmp_path / "in", 1) / "scan0.nii.gz"
+    mine = tmp_path / "truth.nii.gz"
+    mine.write_bytes(scan.read_bytes())
+    with pytest.raises(
+        FileError, match=r"truth\.nii\.gz is there already, not written by `tokenseg segment`; name ano"
+    ):
+        segment_files([toy], scan, mine)
+    assert mine.read_bytes() == scan.read_bytes()
+    for _ in range(2):
+        (result,) = segment_files([toy], scan, tmp_path / "mask.nii.gz")
+        assert result.error == ""
+
+
 @pytest.mark.parametrize("single", [True, False])
 def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, single):
     source = write_scans(tmp_path / "in", 1)

@@ -5,6 +5,7 @@ What was not asked for is never guessed: where two series could be meant, the li
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from tokenseg.data.channel_names import is_ct, phase_name
 from tokenseg.data.dicom_grid import stack_slices
 from tokenseg.data.dicom_phases import choose_phases, split_phases
 from tokenseg.data.dicom_pixels import read_frames
-from tokenseg.data.dicom_series import Frame, Series, list_series, placements_of
+from tokenseg.data.dicom_series import PLACE_TAGS, Frame, Series, list_series, placements_of
 from tokenseg.data.volume import Volume, check_same_grid, join_channels
 from tokenseg.errors import DataError, GeometryError
 from tokenseg.shapes import Affine
@@ -35,6 +36,10 @@ class Exam:
     series: tuple[Series, ...]
     wanted: str = ""
     """UID of a series, or a part of its description; empty leaves the choice to the model's needs."""
+
+
+_LOCALIZERS = ("LOCALIZER", "SCOUT")
+_DIGITS = 8
 
 
 class Channel(NamedTuple):
@@ -111,9 +116,13 @@ def exam_size(exam: Exam, plan: Plan) -> tuple[tuple[int, int, int], Affine, int
     frames = channels[0].frames
     placements = placements_of(frames)
     if not placements:
-        raise GeometryError(f"{channels[0].series}: no slice has an ImagePositionPatient; export the series again")
+        raise GeometryError(f"{channels[0].series}: no slice says where it is ({PLACE_TAGS}); export the series again")
     rows, columns = placements[0].size
-    return (columns, rows, len(frames)), stack_slices(placements).affine, len(channels)
+    try:
+        affine = stack_slices(placements).affine
+    except GeometryError as error:
+        raise GeometryError(f"{channels[0].series}: {error}") from error
+    return (columns, rows, len(frames)), affine, len(channels)
 
 
 def phase_table(exam: Exam, plan: Plan) -> tuple[str, ...]:
@@ -152,7 +161,7 @@ def _choose_series(exam: Exam, channel: str, *, alone: bool) -> Series:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        what = "with parallel slices" if alone else "whose description says so"
+        what = "with parallel slices that is no localizer" if alone else "whose description says so"
         kind = "of computed tomography" if is_ct(channel) else "other than computed tomography"
         raise DataError(f"{exam.name} has no series for {channel!r}, {kind} and {what}: {_listed(exam.series)}")
     raise DataError(
@@ -174,9 +183,9 @@ def _choose_phases(exam: Exam, plan: Plan) -> tuple[Channel, ...]:
 
 
 def _is_scan(series: Series) -> bool:
-    """Two or more slices, and not known to be of several orientations: no localizer, no picture of a screen."""
+    """Two or more slices, not called a localizer nor known to be of several orientations, no picture of a screen."""
     places = series.placements
-    if len(series.frames) < 2 or not places:
+    if len(series.frames) < 2 or not places or any(part.startswith(_LOCALIZERS) for part in series.image_type):
         return False
     return all(np.allclose(place.orientation, places[0].orientation, rtol=0, atol=1e-2) for place in places)
 
@@ -210,7 +219,8 @@ def _study_names(root: Path, studies: Sequence[Sequence[Series]]) -> list[str]:
         return [own]
     names = [_common_folder(root, study) for study in studies]
     if "" in names or len(set(names)) < len(names):
-        return [f"{own}-{number}" for number in range(1, len(studies) + 1)]
+        # Not by number, which another study added later would change; and the UID may not be a name by itself.
+        return [f"{own}-{hashlib.sha256(study[0].study_uid.encode()).hexdigest()[:_DIGITS]}" for study in studies]
     return names
 
 

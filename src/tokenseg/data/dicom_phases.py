@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tokenseg.data.dicom_grid import SAME_POSITION_MM, heights_mm
-from tokenseg.data.dicom_series import PHASE_TAGS, Frame, Series, placements_of
+from tokenseg.data.dicom_series import PHASE_TAGS, PLACE_TAGS, Frame, Series, placements_of
 from tokenseg.errors import DataError, GeometryError
 
 _COMPUTED_TYPES = ("SUB", "MIP", "MINIP", "MIN IP", "PROJECTION", "MPR", "PEI", "MAP")
@@ -47,10 +47,10 @@ def split_phases(series: Series) -> list[Phase]:
     """
     places = placements_of(series.frames)
     if len(places) < len(series.frames) or not places:
-        raise GeometryError(f"{series}: {len(series.frames) - len(places)} slice(s) have no ImagePositionPatient")
+        count = len(series.frames) - len(places)
+        raise GeometryError(f"{series}: {count} slice(s) do not say where they are ({PLACE_TAGS}); export it again")
     positions = _by_position(series.frames)
-    per_position = len(places) / len(positions)
-    if per_position == 1:
+    if len(places) == len(positions):
         return [Phase(_acquired(series.frames), 0.0, series, series.frames)]
     if len({frame.protocol[:2] for frame in series.frames}) > 1:
         raise DataError(f"{series}: holds several echo times, which are no phases; choose another series")
@@ -60,8 +60,17 @@ def split_phases(series: Series) -> list[Phase]:
             if phases:
                 return phases
     raise DataError(
-        f"{series}: positions hold {per_position:g} slices on average, and none of {', '.join(PHASE_TAGS)} tells them "
+        f"{series}: {_doubled(positions)}, and none of {', '.join(PHASE_TAGS)} tells them "
         "apart evenly: phases are incomplete, or files are duplicated"
+    )
+
+
+def _doubled(positions: Sequence[Sequence[Frame]]) -> str:
+    """Say where slices share a position."""
+    shared = [frames for frames in positions if len(frames) > 1]
+    (height,) = heights_mm(placements_of(shared[0][:1]))
+    return (
+        f"{len(shared)} of {len(positions)} positions hold several slices (first at {height:.2f} mm along the normal)"
     )
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 
 from tokenseg.data.dicom_files import DicomFile, read_dataset
 from tokenseg.data.dicom_grid import stack_slices
-from tokenseg.data.dicom_series import Frame, placements_of
+from tokenseg.data.dicom_series import PLACE_TAGS, Frame, placements_of
 from tokenseg.data.formats import DicomSlices
 from tokenseg.data.volume import Volume
 from tokenseg.errors import FileError, GeometryError
@@ -37,7 +37,9 @@ def read_frames(frames: Sequence[Frame], channel: str, what: str) -> Volume:
     placements = placements_of(frames)
     if len(placements) < len(frames) or not placements:
         count = len(frames) - len(placements)
-        raise GeometryError(f"{what}: {count} slice(s) have no ImagePositionPatient; export the series again")
+        raise GeometryError(
+            f"{what}: {count} slice(s) do not say where they are ({PLACE_TAGS}); export the series again"
+        )
     try:
         grid = stack_slices(placements)
     except GeometryError as error:

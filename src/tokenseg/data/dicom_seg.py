@@ -238,7 +238,18 @@ def _sources(slices: DicomSlices, distance_mm: float) -> list[Dataset]:
         source.Modality = source.get("Modality") or "OT"
         if not _is_enhanced(source) and not source.get("SliceThickness"):
             source.SliceThickness = f"{distance_mm:.6g}"
+        # Some scanners write the gap between slices here; readers of the SEG take it for their distance.
+        for measures in _pixel_measures(source):
+            measures.SpacingBetweenSlices = f"{distance_mm:.6g}"
     return sources
+
+
+def _pixel_measures(source: Dataset) -> list[Dataset]:
+    """What holds the spacing: the file itself, or in an enhanced one the groups of all frames and of each."""
+    if not _is_enhanced(source):
+        return [source]
+    groups = [*source.get("SharedFunctionalGroupsSequence", ()), *source.PerFrameFunctionalGroupsSequence]
+    return [measures for group in groups for measures in group.get("PixelMeasuresSequence", ())]
 
 
 def _is_enhanced(source: Dataset) -> bool:

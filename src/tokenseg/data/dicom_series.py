@@ -77,6 +77,9 @@ class Frame(NamedTuple):
     """Why its stored values are no plain intensities; empty where they are."""
 
 
+PLACE_TAGS = "ImagePositionPatient, ImageOrientationPatient or PixelSpacing is missing"
+
+
 @dataclass(frozen=True, slots=True)
 class Series:
     """Frames that share a SeriesInstanceUID."""

@@ -250,7 +250,11 @@ def _meta_file(start: bytes, path: Path) -> Path:
     is_several = name.upper().startswith("LIST") or "%" in name
     if path.name.endswith(".mhd") and is_beside and not is_several:
         return beside
-    raise FileError(f"{path} has its voxels in {name!r}; save it as one .mha file, or as a .mhd beside its data")
+    # Which file is not said: its name may be a patient's, and hidden names are those of the case's own files.
+    raise FileError(
+        f"{path} has its voxels in another folder or in several files; save it as one .mha file, or as a .mhd beside "
+        "its data"
+    )
 
 
 def _real_folder(path: Path) -> str:
