@@ -230,6 +230,21 @@ def test_a_lost_header_is_not_resampled(tmp_path):
     assert "was a header lost?" in finding.mend
 
 
+def test_a_transposed_mask_is_not_resampled(tmp_path):
+    """Its header is that of the image, so resampling would cut it off and leave it transposed."""
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    turned = np.ascontiguousarray(phantom(0, shape=SMALL)[1].transpose(1, 0, 2))
+    replace(root, "labelsTr", 0, turned)
+    (finding,) = findings_of(root)
+    assert (finding.case_id, finding.kind, finding.fixable) == ("case_000", "grid", False)
+    assert "was it transposed?" in finding.mend
+    image = phantom(0, shape=SMALL)[0][0]
+    image[0, 0, 0] = np.nan  # for which the case is mended
+    replace(root, "imagesTr", 0, image)
+    out = mended(root, tmp_path / "mended")
+    np.testing.assert_array_equal(nib.load(out / "labelsTr" / "case_000.nii.gz").dataobj, turned)
+
+
 def test_wrong_numbers_of_channels_and_no_foreground_at_all(tmp_path):
     root = write_msd(tmp_path / "d", 2, shape=SMALL, channels=("a", "b"))
     replace(root, "imagesTr", 0, phantom(0, shape=SMALL)[0][0])

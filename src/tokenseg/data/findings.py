@@ -20,7 +20,7 @@ from nibabel.orientations import io_orientation
 from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
 from tokenseg.data.formats import read_values
-from tokenseg.data.grids import fill_one_box, relate_grids
+from tokenseg.data.grids import is_lost_header, relate_grids
 from tokenseg.data.spread import spread_of
 from tokenseg.data.volume import Grid, read_grid
 from tokenseg.errors import TokenSegError
@@ -238,12 +238,15 @@ def _grid_findings(
         text = f"{against}: in another place ({relation.difference})"
         yield Finding("error", case_id, "grid", text, "they do not belong together, or a header is wrong: export again")
     elif relation.kind == "other grid":
-        # With as many voxels and another affine, more likely the header is wrong than the voxels are elsewhere.
-        lost = first.shape == grid.shape and not fill_one_box(first, grid)
+        lost = is_lost_header(first, grid)
         text = f"{against}: same place, other grid ({relation.difference})"
         mend = "--fix OUT resamples it" if fixable else "resample one to the other"
-        if lost:
+        if lost and first.shape == grid.shape:
             mend = "as many voxels at other places: was a header lost? If so copy it, else resample one to the other"
+        elif lost:
+            mend = (
+                "as many voxels along other axes: was it transposed? If so turn it back, else resample one to the other"
+            )
         yield Finding("error", case_id, "grid", text, mend, fixable=fixable and not lost)
 
 

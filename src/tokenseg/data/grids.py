@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -49,6 +50,14 @@ def fill_one_box(first: Grid, second: Grid) -> bool:
     """Whether the voxels of two grids fill one box in the world: finer, coarser, flipped, turned by right angles."""
     boxes = _box_mm(first), _box_mm(second)
     return bool(np.allclose(boxes[0], boxes[1], rtol=0, atol=_SAME_BOX_MM))
+
+
+def is_lost_header(first: Grid, second: Grid) -> bool:
+    """Whether, of two other grids, the second more likely has a wrong header, or its axes swapped, than other voxels.
+
+    That many voxels, exactly, of another box are hardly chosen.
+    """
+    return math.prod(first.shape) == math.prod(second.shape) and not fill_one_box(first, second)
 
 
 def resample(

@@ -20,7 +20,7 @@ from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import list_dataset_images
 from tokenseg.data.findings import LISTS_255, ROUNDING, Finding
 from tokenseg.data.formats import Stored, read_header, read_values, write_values
-from tokenseg.data.grids import fill_one_box, relate_grids, resample
+from tokenseg.data.grids import is_lost_header, relate_grids, resample
 from tokenseg.data.manifest import read_json
 from tokenseg.data.volume import Grid
 from tokenseg.errors import DataError, FileError, TokenSegError
@@ -127,7 +127,7 @@ def _mended(
     mended = _rounded(values, num_labels) if is_mask else _finite(values)
     grid, target = _grid(stored), _grid(first)
     elsewhere = values.ndim == 3 and relate_grids(target, grid).kind == "other grid"
-    if elsewhere and (target.shape != grid.shape or fill_one_box(target, grid)):
+    if elsewhere and not is_lost_header(target, grid):
         return resample(mended, grid, target, order=0 if is_mask else 1), first
     return None if mended is values else (mended, stored)
 
