@@ -220,6 +220,86 @@ def test_an_interpolated_mask_of_several_labels_is_not_rounded(tmp_path):
     assert "interpolated" in finding.mend
 
 
+@pytest.mark.parametrize(
+    ("values", "divisor", "said"),
+    [
+        ((1, 2), 255, "it looks divided by 255: multiply it by 255 and round it"),
+        ((1,), 255, "it looks divided by 255"),
+        ((1,), 2, "it looks divided by 2: multiply it by 2 and"),
+        ((1, 2), 65535, "it looks divided by 65535"),
+        ((2, 4), 1000, "it looks divided by 1000"),
+        # Of these, one is 1 when divided, and the other would vanish.
+        ((1, 255), 255, "it looks divided by 255"),
+        ((1, 100), 100, "it looks divided by 100"),
+    ],
+)
+def test_a_mask_stored_as_fractions_is_not_emptied(tmp_path, values, divisor, said):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL, labels={value: f"label {value}" for value in values})
+    stored = phantom(0, shape=SMALL, values=values)[1] / np.float32(divisor)
+    replace(root, "labelsTr", 0, stored)
+    (finding,) = findings_of(root)  # and none says that there is no foreground
+    assert (finding.case_id, finding.severity, finding.fixable) == ("case_000", "error", False)
+    assert finding.text.endswith("no whole numbers, and rounding would make background of labels")
+    assert said in finding.mend
+    image = phantom(0, shape=SMALL)[0][0]
+    image[0, 0, 0] = np.nan  # for which the case is mended
+    replace(root, "imagesTr", 0, image)
+    out = mended(root, tmp_path / "mended")
+    np.testing.assert_array_equal(nib.load(out / "labelsTr" / "case_000.nii.gz").dataobj, stored)
+
+
+def test_a_mask_of_fractions_below_a_half_is_not_without_foreground(tmp_path):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    for case in range(2):
+        replace(root, "labelsTr", case, np.zeros(SMALL, np.uint8))
+    soft = 0.4 * phantom(2, shape=SMALL)[1] * np.random.default_rng(0).uniform(size=SMALL)
+    replace(root, "labelsTr", 2, soft.astype(np.float32))
+    error, *notes = findings_of(root)
+    assert (error.case_id, error.fixable) == ("case_002", False)
+    assert "multiply it by what it was divided by" in error.mend
+    assert [(note.severity, note.case_id) for note in notes] == [("note", "case_000"), ("note", "case_001")]
+
+
+def test_one_mask_of_fractions_among_0_255_masks_lists_no_255(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    replace(root, "labelsTr", 0, phantom(0, shape=SMALL)[1] / np.float32(255))
+    replace(root, "labelsTr", 1, phantom(1, shape=SMALL)[1] * np.uint8(255))
+    assert [(each.case_id, each.kind, each.fixable) for each in findings_of(root)] == [
+        ("case_000", "label", False),
+        ("case_001", "label", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda mask: mask + np.float32(0.001),  # an offset in the header
+        lambda mask: np.where(mask == 0, np.float32(6e-8) * (np.indices(mask.shape).sum(0) % 2), mask),
+        lambda mask: mask + np.random.default_rng(0).normal(0, 1e-3, mask.shape).astype(np.float32),
+    ],
+)
+def test_noise_beside_0_is_rounded(tmp_path, spoil):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL, labels={1: "a", 2: "b"})
+    mask = phantom(0, shape=SMALL, values=(1, 2))[1]
+    replace(root, "labelsTr", 0, spoil(mask.astype(np.float32)))
+    (finding,) = findings_of(root)
+    assert finding.fixable
+    dataset = open_dataset(mended(root, tmp_path / "mended"))
+    np.testing.assert_array_equal(load_case(dataset, dataset.cases[0]).mask.array, mask)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_no_number_in_a_mask_is_background(tmp_path, value):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    mask = phantom(0, shape=SMALL)[1].astype(np.float32)
+    mask[0, 0, 0] = value
+    replace(root, "labelsTr", 0, mask)
+    (finding,) = findings_of(root)
+    assert (finding.text, finding.fixable) == ("case_000.nii.gz holds values that are no whole numbers", True)
+    dataset = open_dataset(mended(root, tmp_path / "mended"))
+    np.testing.assert_array_equal(load_case(dataset, dataset.cases[0]).mask.array, phantom(0, shape=SMALL)[1])
+
+
 def test_a_lost_header_is_not_resampled(tmp_path):
     root = write_msd(tmp_path / "d", 2, shape=SMALL)
     image, mask = phantom(0, shape=SMALL)

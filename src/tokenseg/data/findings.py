@@ -21,6 +21,7 @@ from tokenseg.data.cases import Case, Dataset, first_few
 from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
 from tokenseg.data.formats import read_values
 from tokenseg.data.grids import is_lost_header, relate_grids
+from tokenseg.data.rounding import RoundedMask, round_mask
 from tokenseg.data.spread import spread_of
 from tokenseg.data.volume import Grid, read_grid
 from tokenseg.errors import TokenSegError
@@ -33,8 +34,6 @@ SHEAR_TOLERANCE = 1e-3
 """Largest cosine between two axes of an affine that counts as a right angle."""
 LISTS_255 = "0/255"
 """Kind of the finding that `--fix` mends in `dataset.json` and not in masks."""
-ROUNDING = 0.01
-"""How far from whole numbers the values of a mask may be to be rounded."""
 FEW_VALUES = 16
 """An image with at most so many distinct values looks like a mask."""
 OUTLIER = 8.0
@@ -70,7 +69,7 @@ class _Facts:
     medians: dict[str, list[tuple[str, float]]] = field(default_factory=lambda: defaultdict(list))
     """Cases and their median intensity in the foreground, by channel; only of channels in Hounsfield units."""
     label_values: dict[str, tuple[Path, set[int]]] = field(default_factory=dict)
-    """Mask and its values, by case."""
+    """Mask and its values, by case; no values, not even 0, where they cannot be told."""
 
 
 def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
@@ -178,20 +177,23 @@ def _label_findings(
     if values.ndim != 3:
         yield Finding("error", case.case_id, "label", f"{path.name} is {values.ndim}D; a mask is 3D", "export it again")
         return
-    whole = np.rint(np.nan_to_num(values))
-    away = float(np.abs(np.nan_to_num(values) - whole).max())
-    if not np.isfinite(values).all() or away > 0:
-        text = f"{path.name} holds values that are no whole numbers"
-        if away <= ROUNDING or len(dataset.labels) == 1:
-            yield _fixable("error", case, "label", text)
-        else:
-            # Between two labels lies a third one, so rounding would invent it.
-            mend = "it was interpolated: export it again, with the nearest value"
-            yield Finding("error", case.case_id, "label", text, mend)
-    facts.label_values[case.case_id] = path, {int(value) for value in np.unique(whole)}
+    rounded = round_mask(values, dataset.labels)
+    if not rounded.is_whole:
+        yield _fraction_finding(case, path, rounded)
+    found = set() if rounded.loses_labels else {int(value) for value in np.unique(rounded.values)}
+    facts.label_values[case.case_id] = path, found
     for image_path, image_grid in grids:
         if relate_grids(image_grid, grid).kind in ("identical", "rounding"):
-            _note_median(dataset, case, image_path, whole != 0, facts)
+            _note_median(dataset, case, image_path, rounded.values != 0, facts)
+
+
+def _fraction_finding(case: Case, path: Path, rounded: RoundedMask) -> Finding:
+    text = f"{path.name} holds values that are no whole numbers"
+    if rounded.loses_labels:
+        text += ", and rounding would make background of labels"
+    if rounded.remedy:
+        return Finding("error", case.case_id, "label", text, rounded.remedy)
+    return _fixable("error", case, "label", text)
 
 
 def _note_median(
@@ -212,7 +214,7 @@ def _value_findings(dataset: Dataset, facts: _Facts) -> Iterator[Finding]:
     """Values that no label names; only once all masks are known it shows whether all are 0/255."""
     listed = {0, *(value for label in dataset.labels for value in label.values)}
     is_json = dataset.layout != "mamamia"
-    all_255 = all(found <= {0, 255} for _, found in facts.label_values.values())
+    all_255 = all(found and found <= {0, 255} for _, found in facts.label_values.values())
     for case_id, (path, found) in facts.label_values.items():
         if found - listed:
             unlisted = first_few([str(value) for value in sorted(found - listed)])

@@ -16,12 +16,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from tokenseg.config import Label
 from tokenseg.data.cases import Case, Dataset
 from tokenseg.data.datasets import list_dataset_images
-from tokenseg.data.findings import LISTS_255, ROUNDING, Finding
+from tokenseg.data.findings import LISTS_255, Finding
 from tokenseg.data.formats import Stored, read_header, read_values, write_values
 from tokenseg.data.grids import is_lost_header, relate_grids, resample
 from tokenseg.data.manifest import read_json
+from tokenseg.data.rounding import round_mask
 from tokenseg.data.volume import Grid
 from tokenseg.errors import DataError, FileError, TokenSegError
 from tokenseg.files import replaced_folder, write_atomically
@@ -110,7 +112,7 @@ def _mend_case(dataset: Dataset, case: Case, folder: Path) -> list[str]:
         return []
     for path in _files(case):
         try:
-            mended = _mended(path, first, is_mask=path == case.label, num_labels=len(dataset.labels))
+            mended = _mended(path, first, dataset.labels if path == case.label else None)
         except TokenSegError:
             continue
         if mended is not None and not path.name.endswith(".mhd"):  # two files, which are not written
@@ -120,15 +122,18 @@ def _mend_case(dataset: Dataset, case: Case, folder: Path) -> list[str]:
 
 
 def _mended(
-    path: Path, first: Stored, *, is_mask: bool, num_labels: int
+    path: Path, first: Stored, labels: Sequence[Label] | None
 ) -> tuple[Shaped[np.ndarray, "*shape"], Stored] | None:
-    """Mended values and the header that they belong to, the file's own or the first channel's; None to leave it."""
+    """Mended values and the header that they belong to, the file's own or the first channel's; None to leave it.
+
+    `labels` are those of a mask, None for an image.
+    """
     stored, values = read_values(path)
-    mended = _rounded(values, num_labels) if is_mask else _finite(values)
+    mended = _finite(values) if labels is None else _rounded(values, labels)
     grid, target = _grid(stored), _grid(first)
     elsewhere = values.ndim == 3 and relate_grids(target, grid).kind == "other grid"
     if elsewhere and not is_lost_header(target, grid):
-        return resample(mended, grid, target, order=0 if is_mask else 1), first
+        return resample(mended, grid, target, order=1 if labels is None else 0), first
     return None if mended is values else (mended, stored)
 
 
@@ -146,12 +151,9 @@ def _finite(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape"
     return mended
 
 
-def _rounded(values: Shaped[np.ndarray, "*shape"], num_labels: int) -> Shaped[np.ndarray, "*shape"]:
-    if np.issubdtype(values.dtype, np.integer):
-        return values
-    known = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    whole = np.rint(known)
-    if np.array_equal(whole, values) or (np.abs(known - whole).max() > ROUNDING and num_labels > 1):
+def _rounded(values: Shaped[np.ndarray, "*shape"], labels: Sequence[Label]) -> Shaped[np.ndarray, "*shape"]:
+    whole, is_whole, remedy, _ = round_mask(values, labels)
+    if is_whole or remedy:
         return values
     mended: Shaped[np.ndarray, "*shape"] = whole.astype(np.int16 if np.abs(whole).max() < 2**15 else np.int32)
     return mended
