@@ -300,6 +300,29 @@ def test_no_number_in_a_mask_is_background(tmp_path, value):
     np.testing.assert_array_equal(load_case(dataset, dataset.cases[0]).mask.array, phantom(0, shape=SMALL)[1])
 
 
+def test_one_label_file_of_two_cases(tmp_path):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    manifest = json.loads((root / "dataset.json").read_text())
+    manifest["training"][1]["label"] = "labelsTr/./case_000.nii.gz"
+    change_json(root / "dataset.json", training=manifest["training"])
+    image = phantom(1, shape=(10, 13, 14))[0][0]
+    image[0, 0, 0] = np.nan
+    replace(root, "imagesTr", 1, image)
+    with pytest.raises(DataError, match=r"case case_000: label file case_000.nii.gz is that of case_001 too; list for"):
+        take_fingerprint(open_dataset(root))
+    assert [
+        (each.case_id, each.kind, each.text.removeprefix("label file "), each.fixable) for each in findings_of(root)
+    ] == [
+        ("case_000", "label", "case_000.nii.gz is that of case_001 too", False),
+        ("case_001", "label", "case_000.nii.gz is that of case_000 too", False),
+        ("case_001", "values", "case_001.nii.gz: 1 voxel(s) are NaN or infinite", True),
+    ]
+    before = (root / "labelsTr" / "case_000.nii.gz").read_bytes()
+    out = mended(root, tmp_path / "mended")
+    assert (out / "labelsTr" / "case_000.nii.gz").read_bytes() == before
+    assert [each.kind for each in findings_of(out)] == ["label", "label"]
+
+
 def test_a_lost_header_is_not_resampled(tmp_path):
     root = write_msd(tmp_path / "d", 2, shape=SMALL)
     image, mask = phantom(0, shape=SMALL)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,24 @@ def check_case_ids(case_ids: Sequence[str], root: Path) -> None:
     repeated = sorted(case_id for case_id, count in Counter(case_ids).items() if count > 1)
     if repeated:
         raise DataError(f"{root}: case ids must be unique; these are given more than once: {first_few(repeated)}")
+
+
+def shared_labels(cases: Sequence[Case]) -> dict[str, str]:
+    """What is wrong with each case whose label file is listed for another case too, by its id."""
+    users: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        if case.label is not None:
+            users[os.path.normpath(case.label)].append(case.case_id)
+    faults: dict[str, str] = {}
+    for label, ids in users.items():
+        for case_id in ids if len(ids) > 1 else ():
+            others = first_few([other for other in ids if other != case_id])
+            faults[case_id] = f"label file {Path(label).name} is that of {others} too"
+    return faults
+
+
+OWN_LABEL = "list for each case its own label file, or leave a case out"
+"""What mends a fault of `shared_labels`."""
 
 
 def first_few(items: Sequence[str]) -> str:

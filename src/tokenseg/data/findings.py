@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool
 from nibabel.orientations import io_orientation
 
-from tokenseg.data.cases import Case, Dataset, first_few
+from tokenseg.data.cases import OWN_LABEL, Case, Dataset, first_few, shared_labels
 from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
 from tokenseg.data.formats import read_values
 from tokenseg.data.grids import is_lost_header, relate_grids
@@ -70,11 +70,13 @@ class _Facts:
     """Cases and their median intensity in the foreground, by channel; only of channels in Hounsfield units."""
     label_values: dict[str, tuple[Path, set[int]]] = field(default_factory=dict)
     """Mask and its values, by case; no values, not even 0, where they cannot be told."""
+    shared_labels: dict[str, str] = field(default_factory=dict)
+    """What is wrong with cases whose mask is that of another case too."""
 
 
 def check_dataset(dataset: Dataset, progress: Progress) -> list[Finding]:
     """Look at every case of a dataset; errors first, then by case."""
-    facts = _Facts()
+    facts = _Facts(shared_labels=shared_labels(dataset.cases))
     findings: list[Finding] = []
     progress.stage("checking", len(dataset.cases))
     for case in dataset.cases:
@@ -166,6 +168,11 @@ def _image_findings(dataset: Dataset, case: Case, path: Path, grid: Grid, facts:
 def _label_findings(
     dataset: Dataset, case: Case, path: Path, grids: list[tuple[Path, Grid]], facts: _Facts
 ) -> Iterator[Finding]:
+    if case.case_id in facts.shared_labels:
+        # What else may be said of it depends on whose it is.
+        yield Finding("error", case.case_id, "label", facts.shared_labels[case.case_id], OWN_LABEL)
+        facts.label_values[case.case_id] = path, set()
+        return
     try:
         _, values = read_values(path)
         grid = read_grid(path)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from nibabel.orientations import io_orientation
 
 from tokenseg.config import Fraction, Label, Settings, Spacing3, Vox3
-from tokenseg.data.cases import Case, Dataset, first_few
+from tokenseg.data.cases import OWN_LABEL, Case, Dataset, first_few, shared_labels
 from tokenseg.data.datasets import LabelledCase, load_case
 from tokenseg.data.spread import spread_of
 from tokenseg.errors import DataError, TokenSegError
@@ -97,14 +97,17 @@ def take_fingerprint(dataset: Dataset, on_case: Callable[[int, int], None] | Non
 
     Raises:
         TokenSegError: The first fault, and how many more cases have one: a file is missing, truncated or not a medical
-            image, label values are not listed, voxels are unusable, image and label are not on one grid. Or there is
-            no foreground in any case.
+            image, label values are not listed, voxels are unusable, image and label are not on one grid, two cases
+            have one label file. Or there is no foreground in any case.
     """
     cases: list[CaseFingerprint] = []
     samples: list[_Values] = []
     faults: list[TokenSegError] = []
+    shared = shared_labels(dataset.cases)
     for done, case in enumerate(dataset.cases, start=1):
         try:
+            if case.case_id in shared:
+                raise DataError(f"case {case.case_id}: {shared[case.case_id]}; {OWN_LABEL}")
             loaded = load_case(dataset, case)
             label_voxels = _count_labels(loaded)
             _check_values(dataset, case, set(label_voxels))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from tokenseg.config import Label
-from tokenseg.data.cases import Case, Dataset
+from tokenseg.data.cases import Case, Dataset, shared_labels
 from tokenseg.data.datasets import list_dataset_images
 from tokenseg.data.findings import LISTS_255, Finding
 from tokenseg.data.formats import Stored, read_header, read_values, write_values
@@ -64,6 +64,7 @@ def mend_dataset(dataset: Dataset, findings: Sequence[Finding], out: Path, progr
         DataError: See `check_target`.
     """
     check_target(dataset, out)
+    shared = shared_labels(dataset.cases)
     to_mend = {finding.case_id for finding in findings if finding.fixable}
     progress.stage("mending", len(dataset.cases))
     changed: list[str] = []
@@ -75,7 +76,9 @@ def mend_dataset(dataset: Dataset, findings: Sequence[Finding], out: Path, progr
             changed.append("dataset.json")
         for case in dataset.cases:
             if case.case_id in to_mend:
-                changed += _mend_case(dataset, case, folder)
+                # A mask of two cases stays as it is, since only one of them can be right.
+                paths = case.images if case.case_id in shared else _files(case)
+                changed += _mend_case(dataset, case, paths, folder)
             progress.advance(case.case_id)
     return changed
 
@@ -103,14 +106,14 @@ def _files(case: Case) -> list[Path]:
     return [*case.images, *([] if case.label is None else [case.label])]
 
 
-def _mend_case(dataset: Dataset, case: Case, folder: Path) -> list[str]:
-    """Mend what can be read of a case; what cannot stays as it is."""
+def _mend_case(dataset: Dataset, case: Case, paths: Sequence[Path], folder: Path) -> list[str]:
+    """Mend what can be read of these files of a case; what cannot stays as it is."""
     changed = []
     try:
         first = read_header(case.images[0])
     except TokenSegError:
         return []
-    for path in _files(case):
+    for path in paths:
         try:
             mended = _mended(path, first, dataset.labels if path == case.label else None)
         except TokenSegError:
