@@ -523,6 +523,42 @@ def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
 
 
+def to_mhd(path: Path, values: np.ndarray, voxels: str) -> None:
+    """Put a .mhd whose voxels are in a file of this name in the place of a NIfTI file."""
+    path.unlink()
+    path.with_name(voxels).write_bytes(values.tobytes(order="F"))
+    kind = {np.dtype(np.float32): "MET_FLOAT", np.dtype(np.uint8): "MET_UCHAR"}[values.dtype]
+    size = " ".join(map(str, values.shape))
+    path.with_name(path.name.replace(".nii.gz", ".mhd")).write_text(
+        f"ObjectType = Image\nNDims = 3\nDimSize = {size}\nElementType = {kind}\nElementDataFile = {voxels}\n"
+    )
+
+
+def test_mhd_files_are_copied_whole_and_not_said_to_be_mended(tmp_path):
+    root = write_nnunet(tmp_path / "d", 2, shape=SMALL)
+    for case in range(2):
+        image, mask = phantom(case, shape=SMALL)
+        to_mhd(root / "imagesTr" / f"case_{case:03d}_0000.nii.gz", image[0], f"voxels of {case}")
+        to_mhd(root / "labelsTr" / f"case_{case:03d}.nii.gz", mask[: 12 - case].astype(np.float32), f"{case}.bin")
+    change_json(root / "dataset.json", file_ending=".mhd")
+    (finding,) = findings_of(root)
+    assert (finding.kind, finding.fixable) == ("grid", False)
+    assert finding.mend == (
+        "resample one to the other. --fix writes no .mhd: convert the dataset to .mha or .nii.gz, or mend it by hand"
+    )
+    broken, _ = phantom(0, shape=SMALL)
+    broken[0, 0, 0, 0] = np.nan
+    (root / "imagesTr" / "voxels of 0").write_bytes(broken[0].tobytes(order="F"))
+    (root / "labelsTr" / "1.bin").write_bytes(np.full((11, 13, 14), 0.999, np.float32).tobytes())
+    found = findings_of(root)
+    assert [(each.kind, each.fixable) for each in found] == [("values", False), ("grid", False), ("label", False)]
+    assert "--fix writes no .mhd" in found[0].mend
+    out = mended(root, tmp_path / "mended")
+    files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file()) == files
+    assert all((out / path).read_bytes() == (root / path).read_bytes() for path in files)
+
+
 def test_datasets_in_other_formats_are_checked_too(tmp_path):
     root = write_nnunet(tmp_path / "d", 2, shape=SMALL)
     from tokenseg.data.volume import read_volume, write_volume

@@ -19,7 +19,7 @@ from nibabel.orientations import io_orientation
 
 from tokenseg.data.cases import OWN_LABEL, Case, Dataset, first_few, shared_labels
 from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
-from tokenseg.data.formats import read_values
+from tokenseg.data.formats import is_written, read_values
 from tokenseg.data.grids import is_lost_header, relate_grids
 from tokenseg.data.rounding import RoundedMask, round_mask
 from tokenseg.data.spread import spread_of
@@ -38,6 +38,8 @@ FEW_VALUES = 16
 """An image with at most so many distinct values looks like a mask."""
 OUTLIER = 8.0
 """Distance from the median in robust deviations (1.4826 times the median absolute deviation)."""
+NOT_WRITTEN = "--fix writes no .mhd: convert the dataset to .mha or .nii.gz, or mend it by hand"
+"""What is said where it would mend a file of another format."""
 _MEND_FEW = "look at the image: hot voxels, or a fill value?"
 SPACING_OUTLIER = 3.0
 """Times the median spacing, or a third of it."""
@@ -148,7 +150,7 @@ def _image_findings(dataset: Dataset, case: Case, path: Path, grid: Grid, facts:
     finite = np.isfinite(values)
     if not finite.all():
         count = values.size - int(np.count_nonzero(finite))
-        yield _fixable("error", case, "values", f"{path.name}: {count} voxel(s) are NaN or infinite")
+        yield _fixable(case, path, "values", f"{path.name}: {count} voxel(s) are NaN or infinite")
         values = values[finite]
     elif values.size:
         facts.digests[voxel_digest(values)].append(case.case_id)
@@ -200,7 +202,7 @@ def _fraction_finding(case: Case, path: Path, rounded: RoundedMask) -> Finding:
         text += ", and rounding would make background of labels"
     if rounded.remedy:
         return Finding("error", case.case_id, "label", text, rounded.remedy)
-    return _fixable("error", case, "label", text)
+    return _fixable(case, path, "label", text)
 
 
 def _note_median(
@@ -250,6 +252,8 @@ def _grid_findings(
         lost = is_lost_header(first, grid)
         text = f"{against}: same place, other grid ({relation.difference})"
         mend = "--fix OUT resamples it" if fixable else "resample one to the other"
+        if fixable and not is_written(path):
+            fixable, mend = False, f"resample one to the other. {NOT_WRITTEN}"
         if lost and first.shape == grid.shape:
             mend = "as many voxels at other places: was a header lost? If so copy it, else resample one to the other"
         elif lost:
@@ -301,8 +305,10 @@ def _intensity_outliers(facts: _Facts) -> Iterator[Finding]:
                 yield Finding("warning", case_id, "values", text, "is it in Hounsfield units, as the others are?")
 
 
-def _fixable(severity: Severity, case: Case, kind: str, text: str) -> Finding:
-    return Finding(severity, case.case_id, kind, text, "--fix OUT mends it in a copy", fixable=True)
+def _fixable(case: Case, path: Path, kind: str, text: str) -> Finding:
+    """An error in a file that `--fix` mends, if it writes such files."""
+    mend = "--fix OUT mends it in a copy" if is_written(path) else NOT_WRITTEN
+    return Finding("error", case.case_id, kind, text, mend, fixable=is_written(path))
 
 
 def _canonical_spacing(grid: Grid) -> tuple[float, float, float]:

@@ -70,6 +70,11 @@ def image_stem(path: Path) -> str:
     return path.name.removesuffix(image_ending(path))
 
 
+def is_written(path: Path) -> bool:
+    """Whether files of this name can be written; a .mhd is two files, which cannot be replaced at once."""
+    return not path.name.endswith(".mhd")
+
+
 def mask_ending(ending: str) -> str:
     """Ending of the mask of an image: the same format, in one file."""
     return ".mha" if ending == ".mhd" else ending

@@ -20,7 +20,7 @@ from tokenseg.config import Label
 from tokenseg.data.cases import Case, Dataset, shared_labels
 from tokenseg.data.datasets import list_dataset_images
 from tokenseg.data.findings import LISTS_255, Finding
-from tokenseg.data.formats import Stored, read_header, read_values, write_values
+from tokenseg.data.formats import Stored, is_written, read_header, read_values, voxel_files, write_values
 from tokenseg.data.grids import is_lost_header, relate_grids, resample
 from tokenseg.data.manifest import read_json
 from tokenseg.data.rounding import round_mask
@@ -88,8 +88,8 @@ def _all_files(dataset: Dataset) -> list[Path]:
     listed = list_dataset_images(dataset.root) or ()
     images = {path for case in (*dataset.cases, *listed) for path in _files(case) if _is_inside(path, dataset.root)}
     beside = {path for path in dataset.root.iterdir() if path.is_file() and not path.name.startswith(".")}
-    detached = {path.with_suffix(ending) for path in images for ending in (".raw", ".zraw") if path.suffix == ".mhd"}
-    return sorted(path for path in images | beside | detached if path.is_file())
+    parts = {part for path in images for part in voxel_files(path)}
+    return sorted(path for path in images | beside | parts if path.is_file())
 
 
 def _copy(path: Path, target: Path) -> None:
@@ -113,12 +113,12 @@ def _mend_case(dataset: Dataset, case: Case, paths: Sequence[Path], folder: Path
         first = read_header(case.images[0])
     except TokenSegError:
         return []
-    for path in paths:
+    for path in filter(is_written, paths):
         try:
             mended = _mended(path, first, dataset.labels if path == case.label else None)
         except TokenSegError:
             continue
-        if mended is not None and not path.name.endswith(".mhd"):  # two files, which are not written
+        if mended is not None:
             _write(folder / path.relative_to(dataset.root), *mended)
             changed.append(path.name)
     return changed
