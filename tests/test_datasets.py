@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,43 @@ def test_nnunet_label_without_image(tmp_path: Path):
     write_nnunet(tmp_path, 2, shape=SMALL)
     (tmp_path / "imagesTr" / "case_001_0000.nii.gz").unlink()
     with pytest.raises(DataError, match=r"1 of 4 image and label files are missing: imagesTr/case_001_0000.nii.gz;"):
+        open_dataset(tmp_path)
+
+
+_LONG = "a" * 60
+
+
+@pytest.mark.parametrize("write", [write_msd, write_nnunet])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("", "b"), "has names that cannot be used: ''; give each label a name of 1 to 60 characters on one line"),
+        ((" ", "b"), "cannot be used: ' ';"),
+        (("a\nb", "b"), r"cannot be used: 'a\nb';"),
+        (("a\u2028b", "\x1b[31m"), r"cannot be used: 'a\u2028b', '\x1b[31m';"),
+        (("a\ud800", "b"), r"cannot be used: 'a\ud800';"),
+        ((f"{_LONG}a", "b"), f"cannot be used: '{_LONG}a';"),
+        (("a", "a "), "gives a name to several labels: a; give each label its own name"),
+        ((_LONG, "\u5de6\u80ba \u00a0(\u0633\u200c\u0628)"), ""),
+    ],
+)
+def test_names_of_labels(tmp_path: Path, write: Callable[..., Path], names: tuple[str, str], said: str):
+    write(tmp_path, 2, shape=SMALL)
+    msd, nnunet = {"0": "", "1": names[0], "2": names[1]}, {"background": 0, names[0]: 1, names[1]: 2}
+    change_json(tmp_path / "dataset.json", labels=msd if write is write_msd else nnunet)
+    if not said:
+        assert [label.name for label in open_dataset(tmp_path).labels] == list(names)
+        return
+    with pytest.raises(DataError) as caught:
+        open_dataset(tmp_path)
+    assert f"{tmp_path / 'dataset.json'}, key labels, " in str(caught.value)
+    assert said in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_two_labels_of_one_name(tmp_path: Path):
+    write_msd(tmp_path, 2, shape=SMALL, labels={1: "hip", 2: "hip"})
+    with pytest.raises(DataError, match="gives a name to several labels: hip; give each label its own name"):
         open_dataset(tmp_path)
 
 

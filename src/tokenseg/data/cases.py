@@ -19,6 +19,8 @@ LayoutName: TypeAlias = Literal["msd", "nnunet", "mamamia"]
 
 MAX_CHANNELS = 8
 MIN_CASES = 2
+MAX_LABEL_CHARACTERS = 60
+"""A name stands in lists and tables; DICOM has room for 64."""
 MAX_ID_BYTES = 200
 """File names have 255 on most systems, and endings and temporary names are added."""
 _NUM_SHOWN = 5
@@ -95,6 +97,35 @@ def check_channel_names(names: dict[int, str], source: str) -> tuple[str, ...]:
         if " - " in name:
             raise DataError(f"{source} has the channel {name!r}; ' - ' means a difference of channels here, rename it")
     return ordered
+
+
+def check_label_names(names: Sequence[str], source: Path) -> None:
+    """Check that labels can be told apart by their names, and that these can be shown.
+
+    Args:
+        names: Of the foreground labels.
+        source: The `dataset.json` that they come from, for messages.
+
+    Raises:
+        DataError: A name is empty or long, holds a control character or half a character, or is given twice.
+    """
+    # In messages, no line break of a name may make two lines of one.
+    unusable = [repr(name[: MAX_LABEL_CHARACTERS + 1]) for name in names if not _is_label_name(name)]
+    if unusable:
+        raise DataError(
+            f"{source}, key labels, has names that cannot be used: {first_few(unusable)}; "
+            f"give each label a name of 1 to {MAX_LABEL_CHARACTERS} characters on one line"
+        )
+    repeated = sorted(name for name, count in Counter(name.strip() for name in names).items() if count > 1)
+    if repeated:
+        raise DataError(
+            f"{source}, key labels, gives a name to several labels: {first_few(repeated)}; give each label its own name"
+        )
+
+
+def _is_label_name(name: str) -> bool:
+    is_line = is_utf8(name) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name)
+    return is_line and name.strip() != "" and len(name) <= MAX_LABEL_CHARACTERS
 
 
 def check_cases(cases: Sequence[Case], root: Path) -> tuple[Case, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenseg.config import Label
-from tokenseg.data.cases import Case, Dataset, check_case_ids, check_cases, check_channel_names
+from tokenseg.data.cases import Case, Dataset, check_case_ids, check_cases, check_channel_names, check_label_names
 from tokenseg.data.channel_names import is_ct
 from tokenseg.data.folders import channel_file, group_channels, image_files, path_inside
 from tokenseg.data.formats import image_ending, image_stem
@@ -36,8 +36,8 @@ def read_msd(root: Path, values: object) -> Dataset:
         values: Parsed content of `dataset.json`.
 
     Raises:
-        DataError: Keys are missing or of a wrong type, a path leads out of `root`, files are missing, or there are
-            fewer than two cases.
+        DataError: Keys are missing or of a wrong type, a path leads out of `root`, names of labels repeat or
+            cannot be used, files are missing, or there are fewer than two cases.
     """
     source = root / "dataset.json"
     manifest = parse_manifest(_MsdManifest, values, source)
@@ -103,4 +103,5 @@ def _labels(manifest: _MsdManifest, source: Path) -> tuple[Label, ...]:
             f"{source}, key labels, lists the values {', '.join(map(str, manifest.labels)) or '(none)'}; "
             'it must map "0" to the background and at least one positive value to a name'
         )
+    check_label_names(tuple(foreground.values()), source)
     return tuple(Label(name=name, values=(value,), output_value=value) for value, name in foreground.items())

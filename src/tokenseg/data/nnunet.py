@@ -20,6 +20,7 @@ from tokenseg.data.cases import (
     check_case_ids,
     check_cases,
     check_channel_names,
+    check_label_names,
     first_few,
 )
 from tokenseg.data.channel_names import is_ct
@@ -56,7 +57,8 @@ def read_nnunet(root: Path, values: object) -> Dataset:
 
     Raises:
         DataError: Keys are missing or of a wrong type, a feature is not supported (`ignore` label, other file
-            endings), files are missing or too many, splits name unknown cases, or there are fewer than two cases.
+            endings), names of labels cannot be used, files are missing or too many, splits name unknown cases, or
+            there are fewer than two cases.
     """
     source = root / "dataset.json"
     manifest, channels = _manifest(root, values)
@@ -205,6 +207,7 @@ def _foreground(manifest: _NnunetManifest, source: Path) -> dict[str, tuple[int,
             f"{source}, key labels: {first_few(wrong) or 'no foreground label'}; it must map names to positive values "
             '(or lists of them), and "background" to 0'
         )
+    check_label_names(tuple(foreground), source)
     return foreground
 
 
