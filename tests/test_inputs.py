@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,15 @@ def test_flat_folder_each_file_a_case(tmp_path: Path):
 def test_one_channel_files_may_carry_their_number(tmp_path: Path):
     write_flat(tmp_path, "a_0000.nii.gz", "b_0000.nii.gz", "c.nii.gz")
     assert ids(tmp_path, MRI) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("write", [write_msd, write_nnunet])
+def test_a_dataset_json_that_lists_no_image_does_not_hide_loose_ones(tmp_path: Path, write: Callable[..., Path]):
+    write(tmp_path, 0)
+    write_flat(tmp_path, "a_0000.nii.gz", "b.nii.gz")
+    assert ids(tmp_path, MRI) == ["a", "b"]
+    write_flat(tmp_path / "imagesTs", "c_0000.nii.gz" if write is write_nnunet else "c.nii.gz")
+    assert ids(tmp_path, MRI) == ["c"]  # all that the dataset has
 
 
 def test_channel_files_are_grouped_and_named(tmp_path: Path):

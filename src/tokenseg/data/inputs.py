@@ -29,7 +29,8 @@ from tokenseg.shapes import Affine
 def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
     """List the cases that an input path stands for; no voxel is read.
 
-    A file is one case. A folder is a dataset in a known layout (all its images, training and test), or flat: files
+    A file is one case. A folder is a dataset in a known layout (all its images, training and test), or, where that
+    lists none, flat: files
     named `CASE_0000.nii.gz`, `CASE_0001.nii.gz`... are the channels of a case where the number is one of the model's;
     every other file is a case of its own (4D where the model has several channels). A folder without images, a zip
     archive, and a DICOM file hold DICOM studies, each a case. A `.csv` file is a table of cases (`case_table.py`).
@@ -72,7 +73,8 @@ def _image_cases(path: Path, plan: Plan) -> tuple[Case, ...]:
     if path.is_file():
         return _flat_cases([path], plan) if path.name.endswith(IMAGE_ENDINGS) else ()
     listed = list_dataset_images(path)
-    if listed is None:
+    # A dataset.json may lie beside loose images, as nnU-Net puts one where it predicts.
+    if not listed:
         return _flat_cases(image_files(path), plan)
     return tuple(replace(case, channels=_model_names(case.channels, plan)) for case in listed)
 
