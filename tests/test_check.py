@@ -429,6 +429,13 @@ def test_unlisted_values_are_left_to_the_user(tmp_path):
     assert not finding.fixable
 
 
+def test_the_same_image_in_another_type_is_a_duplicate(tmp_path):
+    root = write_msd(tmp_path / "d", 3, shape=SMALL)
+    replace(root, "imagesTr", 2, phantom(0, shape=SMALL)[0][0].astype(np.float64))
+    (finding,) = findings_of(root)
+    assert (finding.kind, finding.text) == ("duplicate", "the same image as in case_002")
+
+
 def test_odd_images(tmp_path):
     root = write_msd(tmp_path / "d", 6, shape=SMALL, channels=("CT",))
     for case in range(6):

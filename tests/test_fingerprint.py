@@ -8,7 +8,7 @@ import pytest
 
 from phantoms import change_json, phantom, write_mamamia, write_msd, write_nifti, write_nnunet
 from tokenseg.data.datasets import open_dataset
-from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
+from tokenseg.data.fingerprint import Fingerprint, take_fingerprint, voxel_digest
 from tokenseg.errors import DataError, GeometryError
 
 SMALL = (12, 13, 14)
@@ -122,6 +122,18 @@ def test_every_file_is_checked_on_the_way(tmp_path: Path):
     write_nifti(tmp_path / "labelsTr" / "case_001.nii.gz", np.ones((2, 3, 4), np.uint8))
     with pytest.raises(GeometryError, match="image of case_001"):
         take_fingerprint(open_dataset(tmp_path))
+
+
+def test_digests_are_those_of_saved_fingerprints_and_of_values():
+    values = (np.arange(24, dtype=np.float32) / 3).reshape(2, 3, 4)
+    # By an earlier version, whose runs can be resumed.
+    assert voxel_digest(values) == "fdd065b5662d40ba89029a1541f5c04c6a02bef5834b6370a4e10493f22189ce"
+    for stored in (values.astype(np.float64), values.astype(">f4"), values.view("<f4"), np.asfortranarray(values)):
+        assert voxel_digest(stored) == voxel_digest(values)
+    assert voxel_digest(np.arange(3, dtype=np.int16)) == voxel_digest(np.arange(3, dtype=np.uint8))
+    assert voxel_digest(values.reshape(4, 3, 2)) != voxel_digest(values)
+    assert voxel_digest(values + 1) != voxel_digest(values)
+    assert voxel_digest(np.full(2, 1e300)) == voxel_digest(np.full(2, np.inf))
 
 
 def test_progress_and_json(tmp_path: Path):

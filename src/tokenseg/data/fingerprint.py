@@ -183,9 +183,13 @@ def _image_digests(dataset: Dataset, loaded: LabelledCase) -> tuple[str, ...]:
 
 
 def voxel_digest(values: Shaped[np.ndarray, "*shape"]) -> str:
-    """SHA-256 of shape, type and values."""
-    digest = hashlib.sha256(str((values.shape, values.dtype)).encode())
-    digest.update(np.ascontiguousarray(values).data)
+    """SHA-256 of shape and values, as float32 whatever they are stored as: so they are trained on, and compared."""
+    with np.errstate(over="ignore"):
+        intensities = np.ascontiguousarray(values, np.float32)
+    # The type is told although it is always this one, since saved fingerprints have it in their sums; numpy spells that
+    # of an array in several ways.
+    digest = hashlib.sha256(str((values.shape, np.dtype(np.float32))).encode())
+    digest.update(intensities.data)
     return digest.hexdigest()
 
 
