@@ -436,6 +436,13 @@ def test_the_same_image_in_another_type_is_a_duplicate(tmp_path):
     assert (finding.kind, finding.text) == ("duplicate", "the same image as in case_002")
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    root = write_msd(tmp_path / "d", 2, shape=SMALL)
+    replace(root, "labelsTr", 0, phantom(0, shape=SMALL)[1][:10])
+    (finding,) = findings_of(root)
+    assert finding.text.startswith("labelsTr/case_000.nii.gz against imagesTr/case_000.nii.gz: same place, other grid")
+
+
 def test_odd_images(tmp_path):
     root = write_msd(tmp_path / "d", 6, shape=SMALL, channels=("CT",))
     for case in range(6):

@@ -242,7 +242,7 @@ def _grid_findings(
     case_id: str, first_path: Path, first: Grid, path: Path, grid: Grid, *, fixable: bool
 ) -> Iterator[Finding]:
     relation = relate_grids(first, grid)
-    against = f"{path.name} against {first_path.name}"
+    against = _against(path, first_path)
     if relation.kind == "rounding":
         yield Finding("note", case_id, "grid", f"{against}: differs by rounding only, and counts as the same")
     elif relation.kind == "disjoint":
@@ -261,6 +261,14 @@ def _grid_findings(
                 "as many voxels along other axes: was it transposed? If so turn it back, else resample one to the other"
             )
         yield Finding("error", case_id, "grid", text, mend, fixable=fixable and not lost)
+
+
+def _against(path: Path, first_path: Path) -> str:
+    """Name two files, with their folders where that alone tells them apart."""
+    if path.name != first_path.name:
+        return f"{path.name} against {first_path.name}"
+    named, first_named = (f"{each.parent.name}/{each.name}" for each in (path, first_path))
+    return f"{named} against {first_named}"
 
 
 def _affine_findings(case_id: str, path: Path, affine: Affine) -> Iterator[Finding]:
