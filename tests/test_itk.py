@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from tokenseg.data.formats import image_ending, mask_ending
+from tokenseg.data.formats import image_ending, image_stem, mask_ending, voxel_files
 from tokenseg.data.volume import Volume, check_same_grid, read_grid, read_mask, read_volume, write_mask
 from tokenseg.errors import ConfigError, DataError, FileError, TokenSegError
 
@@ -47,6 +47,17 @@ def test_values_and_place(tmp_path, ending, dtype, compressed):
     grid = read_grid(path)
     assert (grid.shape, grid.num_channels) == ((3, 4, 5), 1)
     np.testing.assert_array_equal(grid.affine, ours.affine)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_names_in_capitals(tmp_path, ending):
+    """SimpleITK goes by the ending, and does not know all of them in capitals."""
+    path = save(tmp_path / f"a{ending}", noise())
+    capitals = path.rename(path.with_name(f"B{ending.upper()}"))
+    np.testing.assert_array_equal(read_volume(capitals, ("MR",)).array[0], noise().astype(np.float32))
+    assert (image_ending(capitals), image_stem(capitals)) == (ending, "B")
+    # The file beside a header is found, and counted, too.
+    assert len(voxel_files(capitals)) == (2 if ending == ".mhd" else 1)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

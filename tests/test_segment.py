@@ -546,6 +546,18 @@ def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
     ]
 
 
+def test_no_image_of_a_folder_is_left_out_in_silence(toy, tmp_path):
+    source = write_scans(tmp_path / "in", 2)
+    (source / "scan1.nii.gz").rename(source / "SCAN1.NII.GZ")
+    (source / "b.nii.gz").symlink_to(tmp_path / "away.nii.gz")
+    capitals, away, plain = segment_files([toy], source, tmp_path / "out")
+    assert capitals.mask == tmp_path / "out" / "SCAN1.nii.gz"
+    assert away.error.startswith(f"{source / 'b.nii.gz'} is a link, and what it points to is not there; mend the link")
+    assert plain.mask == tmp_path / "out" / "scan0.nii.gz"
+    (alone,) = segment_files([toy], source / "SCAN1.NII.GZ", tmp_path / "mask.nii.gz")
+    assert alone.volumes_ml == capitals.volumes_ml
+
+
 def test_each_stage_is_timed(tmp_path, capsys):
     scans = write_scans(tmp_path / "in", 2)
     (scans / "scan1.nii.gz").write_bytes(b"broken")

@@ -105,6 +105,22 @@ def check_no_device(path: Path) -> None:
         raise FileError(f"{path} is a pipe or a device; give a file")
 
 
+def check_there(path: Path) -> None:
+    """Refuse what is not there, and say so of a link too, which is.
+
+    Raises:
+        FileError: It is missing, or a link to what is missing; or the system does not tell.
+    """
+    try:
+        if path.exists():
+            return
+        if path.is_symlink():
+            raise FileError(f"{path} is a link, and what it points to is not there; mend the link, or put a file there")
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
+    raise FileError(f"{path} does not exist; check the path")
+
+
 def check_writable(folder: Path, output: Path) -> None:
     """Try to write where `output` is to be: before hours of work, not after. Nothing is left behind.
 

@@ -23,7 +23,7 @@ from tokenseg.data.dicom_seg import (
     write_no_findings,
     write_seg,
 )
-from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, mask_ending
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, is_named_as_image, mask_ending
 from tokenseg.data.probabilities import is_probabilities
 from tokenseg.data.restore import painted_values
 from tokenseg.data.volume import Volume, write_mask
@@ -114,7 +114,7 @@ def mask_name(case: Case) -> str:
         return case.case_id + SEG_ENDING
     # A case may have no image at all (an empty patient folder); it fails, but has a name.
     # So has one whose file is missing and is named as no image.
-    is_image = bool(case.images) and case.images[0].name.endswith(IMAGE_ENDINGS)
+    is_image = bool(case.images) and is_named_as_image(case.images[0])
     return case.case_id + (mask_ending(image_ending(case.images[0])) if is_image else IMAGE_ENDINGS[0])
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem
+from tokenseg.data.formats import image_stem, is_named_as_image
 from tokenseg.errors import DataError
 from tokenseg.files import is_utf8
 
@@ -18,15 +18,20 @@ _CHANNEL_STEM = re.compile(r"(?P<case>.+)_(?P<number>[0-9]{4})")
 def image_files(folder: Path) -> list[Path]:
     """List the image files of a folder, sorted; nothing where the folder is not there.
 
-    Names that start with a dot (macOS leaves `._x.nii.gz` beside `x.nii.gz`) are not images.
+    Names that start with a dot (macOS leaves `._x.nii.gz` beside `x.nii.gz`) are not images. A link to a file that is
+    missing is listed: it stands for a case, which fails when it is read, and is not left out in silence.
     """
     if not folder.is_dir():
         return []
     return sorted(
         path
         for path in folder.iterdir()
-        if not path.name.startswith(".") and path.name.endswith(IMAGE_ENDINGS) and path.is_file()
+        if not path.name.startswith(".") and is_named_as_image(path) and (path.is_file() or _is_dangling(path))
     )
+
+
+def _is_dangling(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def group_channels(paths: Iterable[Path]) -> dict[str, dict[int, Path]]:
@@ -54,7 +59,8 @@ def is_unnamed(channel: str) -> bool:
 
 def channel_file(path: Path, number: int) -> Path:
     """Name the file of one channel of a case: `x.nii.gz` and 2 give `x_0002.nii.gz`."""
-    return path.with_name(f"{image_stem(path)}_{number:04d}{image_ending(path)}")
+    stem = image_stem(path)
+    return path.with_name(f"{stem}_{number:04d}{path.name.removeprefix(stem)}")
 
 
 def check_path_text(text: str, source: Path) -> None:

@@ -48,14 +48,19 @@ class Stored(NamedTuple):
     header: Header
 
 
+def is_named_as_image(path: Path) -> bool:
+    """Whether a file name ends as images do, in small letters or capitals."""
+    return path.name.lower().endswith(IMAGE_ENDINGS)
+
+
 def image_ending(path: Path) -> str:
-    """Give the part of a file name that names its format, such as `.nii.gz`.
+    """Give the part of a file name that names its format, such as `.nii.gz`, in small letters.
 
     Raises:
         FileError: It is none of `IMAGE_ENDINGS`.
     """
     for ending in IMAGE_ENDINGS:
-        if path.name.endswith(ending) and path.name != ending:
+        if path.name.lower().endswith(ending) and len(path.name) > len(ending):
             return ending
     *most, last = IMAGE_ENDINGS
     raise FileError(f"{path} is not named as an image: its name must end in {', '.join(most)} or {last}")
@@ -67,12 +72,12 @@ def image_stem(path: Path) -> str:
     Raises:
         FileError: The ending is none of `IMAGE_ENDINGS`.
     """
-    return path.name.removesuffix(image_ending(path))
+    return path.name[: -len(image_ending(path))]
 
 
 def is_written(path: Path) -> bool:
     """Whether files of this name can be written; a .mhd is two files, which cannot be replaced at once."""
-    return not path.name.endswith(".mhd")
+    return not path.name.lower().endswith(".mhd")
 
 
 def mask_ending(ending: str) -> str:
@@ -97,7 +102,7 @@ def read_header(path: Path) -> Stored:
 
 def voxel_files(path: Path) -> tuple[Path, ...]:
     """The files that an image is: itself, and of a .mhd the one with its voxels, if that can be told."""
-    if not path.name.endswith(".mhd"):
+    if not path.name.lower().endswith(".mhd"):
         return (path,)
     try:
         return path, itk.data_file(path)

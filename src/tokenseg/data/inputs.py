@@ -18,11 +18,11 @@ from tokenseg.data.dicom_exam import exam_size, list_exams, phase_table, read_ex
 from tokenseg.data.dicom_files import may_be_dicom
 from tokenseg.data.dicom_seg import NO_FINDINGS_ENDING, read_seg
 from tokenseg.data.folders import group_channels, image_files, is_unnamed, name_channels
-from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, voxel_bytes
+from tokenseg.data.formats import IMAGE_ENDINGS, image_ending, image_stem, is_named_as_image, voxel_bytes
 from tokenseg.data.orientation import orientation, shape3
 from tokenseg.data.volume import Mask, Volume, read_grid, read_mask
 from tokenseg.errors import ConfigError, DataError, FileError
-from tokenseg.files import check_no_device
+from tokenseg.files import check_no_device, check_there
 from tokenseg.shapes import Affine
 
 
@@ -71,7 +71,7 @@ def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
 
 def _image_cases(path: Path, plan: Plan) -> tuple[Case, ...]:
     if path.is_file():
-        return _flat_cases([path], plan) if path.name.endswith(IMAGE_ENDINGS) else ()
+        return _flat_cases([path], plan) if is_named_as_image(path) else ()
     listed = list_dataset_images(path)
     # A dataset.json may lie beside loose images, as nnU-Net puts one where it predicts.
     if not listed:
@@ -136,7 +136,7 @@ def read_written_mask(case: Case, path: Path, plan: Plan) -> Mask:
     Raises:
         TokenSegError: It, or the scan that its grid comes from, cannot be read any more.
     """
-    if path.name.endswith(IMAGE_ENDINGS):
+    if is_named_as_image(path):
         return read_mask(path)
     volume = read_input(case, plan)
     if path.name.endswith(NO_FINDINGS_ENDING):
@@ -160,7 +160,9 @@ def read_input(case: Case, plan: Plan) -> Volume:
 
 
 def _checked_channels(case: Case, plan: Plan) -> tuple[str, ...]:
-    """Names of the channels of a case, none missing and none unknown."""
+    """Names of the channels of a case that is there, none missing and none unknown."""
+    for path in case.images:
+        check_there(path)
     # A listed case knows its channels; a loose file's are in its header. A patient folder may be empty.
     channels = _file_channels(case.images[0], plan) if case.images and not case.channels else case.channels
     missing = [name for name in plan.source_channels if name not in channels]

@@ -164,6 +164,8 @@ def _opened(path: Path) -> Any:  # noqa: ANN401 - SimpleITK's reader
     limit_bytes = _check_text(path)
     library = _library()
     reader = library.ImageFileReader()
+    # Left to itself, SimpleITK goes by the ending, and does not know it in capitals.
+    reader.SetImageIO("NrrdImageIO" if path.name.lower().endswith(".nrrd") else "MetaImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -199,7 +201,7 @@ def _check_text(path: Path) -> int:
     try:
         with path.open("rb") as stream:
             start = stream.read(_HEADER_LIMIT)
-        is_nrrd = path.name.endswith(".nrrd")
+        is_nrrd = path.name.lower().endswith(".nrrd")
         if not start.startswith(b"NRRD0" if is_nrrd else (b"ObjectType", b"NDims", b"Comment")):
             raise FileError(f"{path} is not a {path.suffix} image, whatever its name says; convert it")
         voxels = _nrrd_file(start, path) if is_nrrd else _meta_file(start, path)
@@ -248,7 +250,7 @@ def _meta_file(start: bytes, path: Path) -> Path:
     is_beside = name == beside.name and "\\" not in name and _real_folder(beside) == _real_folder(path)
     # A list, or a pattern, would name files of its own.
     is_several = name.upper().startswith("LIST") or "%" in name
-    if path.name.endswith(".mhd") and is_beside and not is_several:
+    if path.name.lower().endswith(".mhd") and is_beside and not is_several:
         return beside
     # Which file is not said: its name may be a patient's, and hidden names are those of the case's own files.
     raise FileError(

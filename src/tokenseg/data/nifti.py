@@ -147,7 +147,7 @@ def _opened(path: Path) -> Iterator[BufferedIOBase]:
     """Open a file, un-gzipped; all that a broken file can raise while it is read becomes a FileError."""
     check_no_device(path)
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as stream:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
             yield stream
     except FileNotFoundError as error:
         raise FileError(f"{path} does not exist; check the path") from error

@@ -143,7 +143,7 @@ def _folder_images(folder: Path, manifest: _NnunetManifest) -> dict[str, dict[in
 
 
 def _with_ending(folder: Path, manifest: _NnunetManifest) -> list[Path]:
-    return [path for path in image_files(folder) if path.name.endswith(manifest.file_ending)]
+    return [path for path in image_files(folder) if path.name.lower().endswith(manifest.file_ending)]
 
 
 def _explicit(root: Path, text: str) -> Path:
