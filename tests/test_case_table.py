@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import weakref
+import zipfile
 
 import numpy as np
 import pytest
@@ -27,6 +28,10 @@ from toy_models import Toy, as_stored, nearest_level, save_untrained, toy_model,
 
 ONE = make_plan(labels=1)
 TWO = make_plan(channels=2, labels=1)
+DCE = TWO.model_copy(
+    update={"channels": ("phase1", "phase1 - phase0"), "source_channels": ("phase0", "phase1"), "joint_zscore": True}
+)
+NAME = "DOE^JANE"
 
 
 def write_table(path, *rows: tuple[str, ...]):
@@ -78,12 +83,49 @@ def test_a_column_a_channel_by_name(tmp_path):
         ([("case", "image"), ("a", "x.nii"), ("a", "y.nii")], "case ids must be unique"),
         ([("case", "image"), ("../a", "x.nii")], "must be usable as file names"),
         ([("case", "image"), ("a", "x.nii", "y")], r"line\(s\) 2 have more cells than the header"),
+        ([("case", "image"), (), ("", ""), ("a\n", "x.nii"), ("b", "")], r"cells are empty in line\(s\) 6"),
+        ([("case", "image"), ("", "")], "lists no case"),
+        ([("case", "image", "image"), ("a", "x.nii", "y.nii")], "more than one column image; rename or remove"),
+        ([("case", "c0", "C0"), ("a", "x.nii", "y.nii")], "more than one column c0"),
+        ([("case;image",), ("a;x.nii",)], "separates its columns by semicolons; save it as CSV with commas"),
+        ([("case\timage",), ("a\tx.nii",)], "by tabs"),
         ([()], r"has the columns \(none\)"),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, rows, reason):
     with pytest.raises(DataError, match=reason):
         read_case_table(write_table(tmp_path / "t.csv", *rows), ONE)
+
+
+def test_what_spreadsheets_write(tmp_path):
+    """A mark at the beginning, capitals in the name, columns without a name, and rows without content."""
+    write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
+    table = tmp_path / "T.CSV"
+    table.write_bytes(b"\xef\xbb\xbfcase,image,,\r\n a , a.nii.gz ,,\r\n\r\n,,,\r\n,\r\n")
+    (result,) = segment_files([toy_model(nearest_level(2), as_stored(ONE))], table, tmp_path / "out")
+    assert result.mask == tmp_path / "out" / "a.nii.gz"
+
+
+def test_all_phases_of_a_table_are_taken(tmp_path):
+    rows = [("case", "phase0", "phase1", "phase2", "phase3"), ("a", "0", "1", "2", "3"), ("b", "0", "1", "2", "")]
+    cases = read_case_table(write_table(tmp_path / "t.csv", *rows), DCE)
+    assert [case.channels for case in cases] == [rows[0][1:], rows[0][1:4]]
+    assert [[path.name for path in case.images] for case in cases] == [["0", "1", "2", "3"], ["0", "1", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([("case", "phase0", "phase1", "phase3"), ("a", "0", "1", "3")], "has the column phase3 and none phase2"),
+        ([("case", "phase0", "phase1", "phase02"), ("a", "0", "1", "2")], "has the column phase02 and none phase2"),
+        ([("case", "phase0", "phase1", "phase2", "phase3"), ("a", "0", "1", "", "3")], r"empty in line\(s\) 2"),
+        ([("case", "phase0", "phase1", "phase2"), ("a", "0", "", "")], r"empty in line\(s\) 2"),
+        ([("case", "phase0", "phase2"), ("a", "0", "2")], "one a channel: phase0, phase1"),
+    ],
+)
+def test_phases_without_gaps(tmp_path, rows, reason):
+    with pytest.raises(DataError, match=reason):
+        read_case_table(write_table(tmp_path / "t.csv", *rows), DCE)
 
 
 def test_what_is_no_table(tmp_path):
@@ -98,9 +140,57 @@ def test_a_missing_file_fails_alone(tmp_path):
     table = write_table(tmp_path / "t.csv", ("case", "image"), *missing, ("a", "a.nii.gz"))
     model = toy_model(nearest_level(2), as_stored(ONE))
     gone, lost, done = segment_files([model], table, tmp_path / "out")
-    assert "does not exist" in gone.error
-    assert "exam7" in lost.error
+    assert gone.error == f"{tmp_path / 'none.nii.gz'} does not exist; check the path"
+    assert lost.error == f"{tmp_path / 'study/exam7'} does not exist; check the path"
     assert done.mask == tmp_path / "out" / "a.nii.gz"
+
+
+def damaged_study(root):
+    """A folder that holds one broken file, deep in it."""
+    path = write_series(root / NAME)[1]
+    path.write_bytes(path.read_bytes()[:300])
+    return root
+
+
+def damaged_archive(root):
+    damaged_study(root)
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w") as archive:
+        for path in sorted(root.rglob("IM*")):
+            archive.write(path, path.relative_to(root))
+    return root.with_suffix(".zip")
+
+
+def two_studies(root):
+    write_series(root / "one")
+    write_series(root / "two")
+    return root
+
+
+def no_study(root):
+    return write_nifti(root / "scan.nii.gz", phantom(0)[0][0]).parent
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (damaged_study, "export it again"),
+        (damaged_archive, "export it again"),
+        (two_studies, "holds 2 DICOM studies; name the folder of one"),
+        (no_study, "is a folder without DICOM images; name a file"),
+        (lambda root: root / ("x" * 300), "a path that none can be; correct its line"),
+    ],
+)
+def test_a_bad_row_fails_alone_and_tells_no_name(tmp_path, make, reason):
+    write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
+    bad = make(tmp_path / f"{NAME} 1970")
+    table = write_table(tmp_path / "t.csv", ("case", "image"), ("bad", str(bad)), ("a", "a.nii.gz"))
+    failed, done = segment_files([toy_model(nearest_level(2), as_stored(ONE))], table, tmp_path / "out")
+    assert reason in failed.error
+    assert done.mask == tmp_path / "out" / "a.nii.gz"
+    told = (tmp_path / "out" / "status.jsonl").read_text()
+    assert reason in told
+    assert NAME not in told
+    assert str(tmp_path) not in told
 
 
 # ---- overlap

@@ -84,6 +84,8 @@ def test_every_route_of_a_dce_exam_gives_the_same_mask(tmp_path):
         write_volume(tmp_path / "list" / f"exam_{number:04d}.nii.gz", phase)
         write_volume(tmp_path / "mamamia" / "images" / "exam" / f"exam_{number:04d}.nii.gz", phase)
     (tmp_path / "mamamia" / "segmentations" / "expert").mkdir(parents=True)
+    words = ["case,phase2,phase0,Phase1", "exam,exam_0002.nii.gz,exam_0000.nii.gz,exam_0001.nii.gz"]
+    (tmp_path / "list" / "table.csv").write_text("\n".join(words))
     (tmp_path / "4d").mkdir()
     stored = np.moveaxis(scan.array, 0, -1).astype(np.int16)
     nib.save(nib.Nifti1Image(stored, scan.affine), tmp_path / "4d" / "exam.nii.gz")
@@ -96,7 +98,7 @@ def test_every_route_of_a_dce_exam_gives_the_same_mask(tmp_path):
         write_series(tmp_path / "one" / "exam" / str(number), tags=tags, add=100 * number)
     write_enhanced(tmp_path / "exam.dcm", phases=3)
 
-    for route in ("list", "mamamia", "4d"):
+    for route in ("list", "mamamia", "4d", "list/table.csv"):
         segment_files([model], tmp_path / route, tmp_path / f"{route}-out")
         np.testing.assert_array_equal(read_mask(tmp_path / f"{route}-out" / "exam.nii.gz").array, mask)
     for route in (tmp_path / "exam.zip", tmp_path / "one" / "exam", tmp_path / "exam.dcm"):

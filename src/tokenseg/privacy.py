@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from tokenseg.data.cases import Case
+from tokenseg.data.dicom_files import paths_in_text
 
 _DIGITS = 12
 
@@ -29,6 +30,10 @@ def without_names(text: str, case: Case, *, show_names: bool) -> str:
     if show_names:
         return text
     hidden = _hidden(case)
+    if case.problem:
+        # Found when the case was listed, in one of files that the case itself does not know.
+        alias = shown_name(case.case_id, show_names=False)
+        hidden |= {name: alias for path in case.images for name in paths_in_text(path, text)}
     if not hidden:
         return text
     names = "|".join(re.escape(name) for name in sorted(hidden, key=len, reverse=True))

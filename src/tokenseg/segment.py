@@ -12,6 +12,7 @@ from typing import TypeAlias
 from tokenseg.case_work import Work, compute_mask, read_case, write_case
 from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, SegmentOptions
+from tokenseg.data.case_table import is_case_table
 from tokenseg.data.cases import Case
 from tokenseg.data.formats import IMAGE_ENDINGS
 from tokenseg.data.inputs import input_size, list_inputs
@@ -72,7 +73,7 @@ def segment_files(
     named_as_file = output_path.name.endswith(endings) and not output_path.is_dir()
     if is_dicom and input_path.is_dir() and output_path.resolve().is_relative_to(input_path.resolve()):
         raise FileError(f"output {output_path} lies among the DICOM files of {input_path}; name another place")
-    if (len(cases) == 1 and named_as_file) if is_dicom else (input_path.is_file() and input_path.suffix != ".csv"):
+    if (len(cases) == 1 and named_as_file) if is_dicom else _is_one_image(input_path):
         check_output_file(output_path, input_path, endings, wanted=options.probabilities)
         if compute is not None:
             raise ConfigError("a single scan needs no cluster: leave out --engine ray, or give a folder of cases")
@@ -82,6 +83,10 @@ def segment_files(
     return segment_cases(
         models, cases, output_path, progress or Silent(), options=options, command=command, compute=compute
     )
+
+
+def _is_one_image(path: Path) -> bool:
+    return path.is_file() and not is_case_table(path)
 
 
 def segment_cases(

@@ -41,6 +41,8 @@ class Case:
     """Channels of `images` in order; empty where they are the dataset's source channels."""
     exam: Exam | None = None
     """The DICOM study that the case is, which then has no `images`."""
+    problem: str = ""
+    """Why it cannot be read, where that showed when it was listed."""
 
 
 @dataclass(frozen=True, slots=True)

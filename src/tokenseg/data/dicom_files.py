@@ -14,7 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
@@ -104,6 +104,20 @@ def find_dicom(root: Path) -> list[DicomFile]:
 def may_be_dicom(path: Path) -> bool:
     """Whether to look for DICOM: a folder, a zip archive, or a file with its mark."""
     return path.is_dir() or zipfile.is_zipfile(path) or _start(DicomFile(path))[_MARK_AT:] == _MARK
+
+
+def paths_in_text(path: Path, text: str) -> list[str]:
+    """What a message about a folder or a zip archive names below it: files, folders on the way, members."""
+    named: list[str] = []
+    with suppress(OSError, *_BROKEN_MEMBER, *_UNREADABLE_MEMBER):
+        if not path.is_dir():
+            with zipfile.ZipFile(path) as archive:
+                return [name for name in archive.namelist() if name in text]
+        # A step down at a time; each makes what was found longer, so links that loop do not matter.
+        while below := [each for each in path.iterdir() if str(each) in text]:
+            path = max(below, key=lambda each: len(each.name))
+            named.append(str(path))
+    return named
 
 
 def read_dataset(file: DicomFile, tags: Sequence[str] | None = None, *, pixels: bool = False) -> Dataset:

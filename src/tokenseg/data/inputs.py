@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenseg.config import Plan
-from tokenseg.data.case_table import read_case_table
+from tokenseg.data.case_table import is_case_table, read_case_table
 from tokenseg.data.cases import Case, check_case_ids
 from tokenseg.data.channel_names import phase_name
 from tokenseg.data.datasets import list_dataset_images, read_images
@@ -45,13 +45,14 @@ def list_inputs(path: Path, plan: Plan, series: str = "") -> tuple[Case, ...]:
 
     Raises:
         FileError: The path is not there, is not named as an image, or is a folder without images.
-        DataError: A dataset layout is recognised but its `dataset.json` cannot be used, or two cases share an id.
+        DataError: A dataset layout is recognised but its `dataset.json` cannot be used, two cases share an id, or a
+            table cannot be used.
         ConfigError: A series is wanted of what is not DICOM, or the libraries for DICOM are not installed.
     """
     if not path.exists():
         raise FileError(f"input {path} does not exist; check the path")
     check_no_device(path)
-    if path.is_file() and path.suffix == ".csv":
+    if is_case_table(path):
         return read_case_table(path, plan, series)
     cases = _image_cases(path, plan)
     if cases and series:
@@ -161,6 +162,8 @@ def read_input(case: Case, plan: Plan) -> Volume:
 
 def _checked_channels(case: Case, plan: Plan) -> tuple[str, ...]:
     """Names of the channels of a case that is there, none missing and none unknown."""
+    if case.problem:
+        raise DataError(case.problem)
     for path in case.images:
         check_there(path)
     # A listed case knows its channels; a loose file's are in its header. A patient folder may be empty.
