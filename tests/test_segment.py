@@ -15,7 +15,7 @@ from phantoms import phantom, write_mamamia, write_msd, write_nifti, write_nnune
 from plans import make_plan
 from tokenseg.checkpoint import Model
 from tokenseg.cli import main
-from tokenseg.config import Plan
+from tokenseg.config import Plan, SegmentOptions
 from tokenseg.data.inputs import list_inputs
 from tokenseg.data.volume import Volume, read_mask, read_volume
 from tokenseg.errors import ConfigError, DataError, FileError, ModelError, TokenSegError
@@ -544,6 +544,21 @@ def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("manifest.json", "scan0.nii.gz", "scan0_qc.json", "status.jsonl", "summary.csv")
     ]
+
+
+@pytest.mark.parametrize("show_names", [True, False])
+def test_masks_of_every_earlier_call_are_known(toy, tmp_path, show_names):
+    """The summary names the cases of the last call alone."""
+    one, other = write_scans(tmp_path / "one", 2), tmp_path / "other"
+    other.mkdir()
+    (one / "scan1.nii.gz").rename(other / "scan1.nii.gz")
+    for source in (one, other, one):
+        segment_files([toy], source, tmp_path / "out", options=SegmentOptions(show_names=show_names))
+    assert [row["case"] for row in summary(tmp_path / "out")] == ["scan0"]
+    (one / "mine.nii.gz").write_bytes((one / "scan0.nii.gz").read_bytes())
+    (tmp_path / "out" / "mine.nii.gz").write_text("mine")
+    with pytest.raises(FileError, match=r"already holds mine\.nii\.gz, not written by"):
+        segment_files([toy], one, tmp_path / "out")
 
 
 def test_no_image_of_a_folder_is_left_out_in_silence(toy, tmp_path):

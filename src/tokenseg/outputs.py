@@ -29,9 +29,11 @@ from tokenseg.data.restore import painted_values
 from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import FileError
 from tokenseg.files import check_writable, writing
+from tokenseg.privacy import shown_name
 from tokenseg.provenance import is_manifest
 from tokenseg.quality import CaseQuality, is_quality
 from tokenseg.shapes import MaskArray
+from tokenseg.status import read_statuses
 
 SUMMARY_NAME, STATUS_NAME, MANIFEST_NAME = "summary.csv", "status.jsonl", "manifest.json"
 _QUALITY_ENDING, _MANIFEST_ENDING, _PROBABILITIES_ENDING = "_qc.json", "_manifest.json", "_probabilities.npy"
@@ -177,7 +179,7 @@ def check_output_folder(output: Path, cases: Sequence[Case], *, wanted: bool) ->
     targets += [(case_id, no_findings_file(path)) for case_id, path in targets if path.name.endswith(SEG_ENDING)]
     # Path.resolve raises where links make a loop.
     images = {os.path.realpath(path) for case in cases for path in case.images}
-    ours = _cases_in_summary(output)
+    ours = _cases_written(output, cases)
     foreign = [
         path for case_id, path in targets if path.exists() and (os.path.realpath(path) in images or case_id not in ours)
     ]
@@ -211,9 +213,15 @@ def remove_probabilities(mask: Path) -> None:
             path.unlink()
 
 
-def _cases_in_summary(folder: Path) -> set[str]:
-    """Cases that an earlier call wrote here; none where summaries are absent or not ours."""
-    cases: set[str] = set()
+def _cases_written(folder: Path, asked: Iterable[Case]) -> set[str]:
+    """Cases that an earlier call wrote here; none where summaries and statuses are absent or not ours.
+
+    A summary is of the last call alone; the status tells of all, by names or by what stands for them, which only those
+    `asked` for can be told from.
+    """
+    known = read_statuses(folder)
+    names = {case.case_id for case in asked}
+    cases = {name for name in names if name in known or shown_name(name, show_names=False) in known}
     for path in folder.glob("summary*.csv"):
         try:
             with path.open(newline="", encoding="utf-8") as file:
