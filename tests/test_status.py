@@ -116,6 +116,30 @@ def test_a_model_that_was_never_saved_has_no_fingerprint(tmp_path, computed):
     assert computed == ["scan0", "scan0"]
 
 
+def test_a_mask_stays_where_its_input_is_away_for_a_time(tmp_path, computed):
+    model, source, out = saved_model(tmp_path / "model"), scans(tmp_path / "in", 2), tmp_path / "out"
+    table = tmp_path / "t.csv"
+    table.write_text("case,image\na,in/scan0.nii.gz\nb,in/scan1.nii.gz\n")
+    segment_files([model], table, out)
+    before = {path.name: path.read_bytes() for path in (out / "b.nii.gz", out / "b_qc.json")}
+    (source / "scan1.nii.gz").rename(tmp_path / "moved.nii.gz")
+    for _ in range(2):  # away for several calls
+        assert [result.mask is None for result in segment_files([model], table, out)] == [False, True]
+        assert {name: (out / name).read_bytes() for name in before} == before
+        assert lines(out)[-1]["state"] == "failed"
+        assert "does not exist" in lines(out)[-1]["error"]
+    (tmp_path / "moved.nii.gz").rename(source / "scan1.nii.gz")
+    computed.clear()
+    assert all(result.mask for result in segment_files([model], table, out))
+    assert computed == ["b"]
+    assert lines(out)[-1]["state"] == "done"
+    # A mask of another model would pass for one of this.
+    (source / "scan1.nii.gz").unlink()
+    segment_files([saved_model(tmp_path / "other", seed=1)], table, out)
+    assert not (out / "b.nii.gz").exists()
+    assert lines(out)[-1]["key"] == ""
+
+
 def test_half_a_line_of_a_killed_process_does_no_harm(tmp_path, computed):
     source, out = scans(tmp_path / "in", 3), tmp_path / "out"
     segment_files([saved_model(tmp_path / "model")], source, out)

@@ -60,6 +60,8 @@ class Work:
     error: str = ""
     digest: str = ""
     """Of its files; computed once, as soon as somebody asks."""
+    earlier: CaseStatus | None = None
+    """What became of it in an earlier call with the same weights and settings."""
     size: InputSize | None = None
     """From its headers, likewise."""
     key: str = ""
@@ -76,6 +78,11 @@ class Work:
     def shown(self) -> str:
         """What the case is called in outputs."""
         return shown_name(self.case.case_id, show_names=self.options.show_names)
+
+    @property
+    def kept(self) -> CaseStatus | None:
+        """Of the mask that stays of an earlier call: where the input is away, nothing says that it changed."""
+        return None if self.digest or self.result is not None else self.earlier
 
 
 def _guarded(step: Callable[..., None]) -> Callable[..., None]:
@@ -218,7 +225,7 @@ def _write(work: Work, models: Sequence[Model]) -> None:
 
 def _remove_earlier(work: Work) -> None:
     """What an earlier call left in the folder of a cohort would pass for a result of this one."""
-    if work.alone:
+    if work.alone or work.kept is not None:
         return
     with suppress(TokenSegError):
         remove_probabilities(work.target)
@@ -230,13 +237,13 @@ def _remove_earlier(work: Work) -> None:
 
 
 def _status(work: Work, result: CaseResult) -> CaseStatus:
-    segmented = work.segmented
+    segmented, kept = work.segmented, work.kept
     return CaseStatus(
         case=work.shown,
         state="failed" if work.result is None else "done",
-        key=work.key,
-        input_sha256=work.digest,
-        mask_sha256=work.mask_sha256,
+        key=work.key if kept is None else kept.key,
+        input_sha256=work.digest if kept is None else kept.input_sha256,
+        mask_sha256=work.mask_sha256 if kept is None else kept.mask_sha256,
         shape_vox=() if segmented is None else segmented.mask.shape,
         affine=() if work.volume is None else work.volume.affine.tolist(),
         plan_shape_vox=() if segmented is None else segmented.record.grid_shape,

@@ -107,6 +107,8 @@ class Ledger:
         if known is None:
             return None
         work.digest = case_digest(case)
+        if known.key and known.key == case_key(case, known.input_sha256, self.settings):
+            work.earlier = known
         key = case_key(case, work.digest, self.settings)
         mask = current_mask(known, key, (target, no_findings_file(target)))
         quality = read_quality(quality_file(target))

@@ -31,7 +31,8 @@ class CaseStatus(Settings):
     """A hash of its name, or the name where names were asked for."""
     state: Literal["done", "failed"]
     key: str
-    """Fingerprint of input, weights and settings; empty where the input could not be read."""
+    """Fingerprint of input, weights and settings; empty where the input could not be read. Where the mask of an earlier
+    call stays, it is that mask's, as are the next two."""
     input_sha256: str = ""
     """Over the content of its files."""
     mask_sha256: str = ""
