@@ -325,7 +325,7 @@ def test_a_scan_that_vanishes(place, segmented, tmp_path):
     hide = Vanishing("segmenting", lambda: next(scans.glob("scan3.*")).rename(tmp_path / "hidden"), after=1)
     results = segment_files([model], scans, out, hide)
     assert [bool(result.error) for result in results] == [False, False, False, True]
-    assert "No such file" in results[3].error
+    assert "does not exist" in results[3].error
     assert not list(out.glob("scan3*"))
     (tmp_path / "hidden").rename(scans / next((place / "scans").glob("scan3.*")).name)
     assert not any(result.error for result in segment_files([model], scans, out))
