@@ -419,6 +419,16 @@ def test_images_and_foreign_masks_are_never_overwritten(toy, tmp_path):
     assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
 
 
+def test_masks_do_not_go_where_the_scans_lie(toy, tmp_path):
+    folder = write_scans(tmp_path / "in", 1)
+    (folder / "scan0.nii.gz").rename(folder / "scan0_0000.nii.gz")
+    with pytest.raises(FileError, match="is where the scans lie, and the next call would take masks for scans"):
+        segment_files([toy], folder, folder)
+    assert [path.name for path in folder.iterdir()] == ["scan0_0000.nii.gz"]
+    (result,) = segment_files([toy], folder, folder / "masks")
+    assert result.case_id == "scan0"
+
+
 def test_a_single_mask_replaces_only_one_of_its_kind(toy, tmp_path):
     scan = write_scans(tmp_path / "in", 1) / "scan0.nii.gz"
     mine = tmp_path / "truth.nii.gz"

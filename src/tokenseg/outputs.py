@@ -191,6 +191,12 @@ def check_output_folder(output: Path, cases: Sequence[Case], *, wanted: bool) ->
             f"output {output} already holds {first_few([path.name for path in foreign])}, not written by "
             "`tokenseg segment`; name another folder, so that nothing is overwritten"
         )
+    # Segmentations in DICOM are told from scans.
+    scans = {os.path.realpath(path.parent) for case in cases if case.exam is None for path in case.images}
+    if os.path.realpath(output) in scans:
+        raise FileError(
+            f"output {output} is where the scans lie, and the next call would take masks for scans; name another folder"
+        )
     check_writable(output, output)
 
 
