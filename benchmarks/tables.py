@@ -117,8 +117,8 @@ def accuracy_table(name: str) -> str:
 
 
 def presets_table() -> str:
-    """TokenSeg `small` and `base` after the same time on the reported fold, the CPU without AMX."""
-    names = ("accuracy_fp32", "accuracy_base")
+    """TokenSeg `small` and `paper` after the same time on the reported fold, the CPU without AMX."""
+    names = ("accuracy_fp32", "accuracy_paper")
     rows = [row for name in names for row in rows_of(f"{name}.csv") if row["network"].startswith("tokenseg")]
     cases = [row for name in names for row in rows_of(f"{name}_cases.csv") if row["network"].startswith("tokenseg")]
     return printed(rows, cases)

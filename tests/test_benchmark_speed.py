@@ -156,7 +156,7 @@ def test_names_are_presets_with_parts_left_out_and_peers():
     assert set(DEFAULT_NETWORKS) <= set(NETWORKS)
     assert {name: (config.tokens, config.refine_fraction > 0) for name, config in TOKENSEG.items()} == {
         f"tokenseg-{size}{ending}": parts
-        for size in ("small", "base")
+        for size in ("small", "paper")
         for ending, parts in {
             "": (TOKENSEG[f"tokenseg-{size}"].tokens, True),
             "-no-tokens": (False, True),
@@ -368,7 +368,7 @@ def test_dice_comes_under_the_names_of_the_speed_rows(tmp_path):
         "network,dice,dataset\ntokenseg,0.8,x\ntokenseg,0.9,x\ntokenseg-no-tokens,0.7,x\nvnet,,x\nunet,0.5,x\n"
     )
     assert read_dice(path) == pytest.approx({"tokenseg-small": 0.85, "tokenseg-small-no-tokens": 0.7, "unet": 0.5})
-    assert speed_name("tokenseg-base") == "tokenseg-base"
+    assert speed_name("tokenseg-paper") == "tokenseg-paper"
     path.write_text("network,dice,dataset\nunet,0.5,x\nunet,0.9,y\n")
     with pytest.raises(ConfigError, match="has rows of 2 different datasets, folds or budgets"):
         read_dice(path)

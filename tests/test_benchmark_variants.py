@@ -44,10 +44,10 @@ def test_a_variant_of_settings_differs_from_the_plain_network_in_these_alone(
 
 
 def test_base_is_the_base_preset_whatever_the_plain_network_is() -> None:
-    assert VARIANTS["tokenseg-base"].settings(TINY) == PRESETS["base"]
+    assert VARIANTS["tokenseg-paper"].settings(TINY) == PRESETS["paper"]
 
 
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"tokenseg-base"}))
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"tokenseg-paper"}))
 def test_every_variant_segments_and_is_the_same_twice(name: str, images: torch.Tensor) -> None:
     torch.manual_seed(0)
     network = variant_network(name)(TINY, PLAN)

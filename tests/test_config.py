@@ -145,12 +145,12 @@ def test_incomplete_run_config_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_presets_are_what_they_are_asked_to_be() -> None:
-    assert list(PRESETS) == ["tiny", "small", "base"]
+    assert list(PRESETS) == ["tiny", "small", "paper"]
     for preset in PRESETS.values():
         assert NetworkConfig.model_validate(preset.model_dump(mode="json")) == preset
         assert preset.num_kept == 100
         assert preset.quantizer == "vq"
-    assert PRESETS["base"].codebook_size == 4096
+    assert PRESETS["paper"].codebook_size == 4096
 
 
 def test_settings_are_frozen() -> None:

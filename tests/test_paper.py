@@ -21,10 +21,10 @@ def size_of(config: NetworkConfig) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in network.parameters()), network.tokenizer.quantizer.codebook.numel()
 
 
-def test_base_has_the_papers_size_and_codebook() -> None:
-    parameters, codebook = size_of(PRESETS["base"])
+def test_the_paper_preset_has_the_papers_size_and_codebook() -> None:
+    parameters, codebook = size_of(PRESETS["paper"])
     assert parameters + codebook == pytest.approx(23.8e6, rel=0.05)
-    assert codebook == 4096 * PRESETS["base"].token_width
+    assert codebook == 4096 * PRESETS["paper"].token_width
 
 
 def test_small_is_small() -> None:
@@ -52,7 +52,7 @@ def test_100_of_400_candidates_on_four_levels(preset: PresetName) -> None:
 
 
 def test_scalar_quantisation_has_as_many_codes_as_the_papers_codebook() -> None:
-    assert FiniteScalarQuantizer(8).usage.frequency.numel() == PRESETS["base"].codebook_size == 4096
+    assert FiniteScalarQuantizer(8).usage.frequency.numel() == PRESETS["paper"].codebook_size == 4096
 
 
 def test_score_as_the_papers_plain_sum_of_three_terms() -> None:

@@ -375,7 +375,7 @@ def test_what_was_asked_for_first_counts_on_resuming(dataset: Path, options: Tra
     run = tmp_path / "run"
     interrupted(dataset, run, replace(options, fold=1, seed=3), "preparing")
     before = json.loads((run / "run.json").read_text())
-    result = train(dataset, run, TrainOptions(resume=True, max_minutes=9.0, preset="base", threads=1, device="cpu"))
+    result = train(dataset, run, TrainOptions(resume=True, max_minutes=9.0, preset="paper", threads=1, device="cpu"))
     assert result.steps == 6
     assert json.loads((run / "run.json").read_text()) == before
     assert load_model(run).facts.training["fold"] == 1

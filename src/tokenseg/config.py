@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tokenseg.errors import ConfigError
 from tokenseg.files import write_atomically
 
-PresetName: TypeAlias = Literal["tiny", "small", "base"]
+PresetName: TypeAlias = Literal["tiny", "small", "paper"]
 DeviceName: TypeAlias = Literal["auto", "cpu", "cuda", "mps"]
 EngineName: TypeAlias = Literal["auto", "torch", "openvino"]
 Vox3: TypeAlias = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -205,7 +205,7 @@ PRESETS: dict[PresetName, NetworkConfig] = {
         widths=(8, 12, 16, 24), blocks=(1, 1, 1, 1), token_width=32, codebook_size=64, mixer_layers=1
     ),
     "small": NetworkConfig(widths=(32, 64, 128, 160)),
-    "base": NetworkConfig(widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4),
+    "paper": NetworkConfig(widths=(64, 128, 256, 384), token_width=256, codebook_size=4096, mixer_layers=4),
 }
 
 
@@ -281,7 +281,7 @@ class TrainOptions:
     """How a run is asked for on the command line."""
 
     preset: PresetName = "small"
-    """Size of the network: tiny (for tests), small (for a CPU), base (the paper's size)."""
+    """Size of the network: tiny (for tests), small (to use), paper (of the paper's size, to compare)."""
     fold: int | Literal["all"] = 0
     """Which of the folds validates, the others train; `all` trains on every case and validates on the same."""
     max_minutes: float | None = None

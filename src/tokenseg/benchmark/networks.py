@@ -11,7 +11,7 @@ from tokenseg.peers import PEERS, Peer
 
 CHANNELS, OUTPUTS = 1, 3
 _CUSTOMARY_WINDOW_VOX = 128
-_PRESETS: tuple[PresetName, ...] = ("small", "base")
+_PRESETS: tuple[PresetName, ...] = ("small", "paper")
 _PARTS_LEFT_OUT: dict[str, dict[str, object]] = {
     "": {},
     "-no-tokens": {"tokens": False},

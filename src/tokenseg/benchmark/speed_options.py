@@ -13,7 +13,7 @@ PrecisionName: TypeAlias = Literal["fp32", "bf16"]
 SpeedEngine: TypeAlias = Literal["torch", "torch-compile", "openvino", "cuda-graph"]
 
 DEFAULT_NETWORKS = (
-    *("tokenseg-small", "tokenseg-small-no-tokens", "tokenseg-small-no-refinement", "tokenseg-base"),
+    *("tokenseg-small", "tokenseg-small-no-tokens", "tokenseg-small-no-refinement", "tokenseg-paper"),
     *("monai-unet", "monai-basicunet", "monai-segresnet", "monai-vnet", "monai-unetr", "monai-swinunetr"),
     *("monai-dynunet", "nnunet-plainconv", "nnunet-resenc-m", "nnunet-resenc-l"),
 )

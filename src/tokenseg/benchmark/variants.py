@@ -136,8 +136,8 @@ def _plain(config: NetworkConfig) -> NetworkConfig:
     return config
 
 
-def _base(_: NetworkConfig) -> NetworkConfig:
-    return PRESETS["base"]
+def _paper(_: NetworkConfig) -> NetworkConfig:
+    return PRESETS["paper"]
 
 
 def _changed(**update: bool | int | float | str) -> Variant:
@@ -146,7 +146,7 @@ def _changed(**update: bool | int | float | str) -> Variant:
 
 VARIANTS: dict[str, Variant] = {
     "tokenseg": Variant(_plain, TokenSeg),
-    "tokenseg-base": Variant(_base, TokenSeg),
+    "tokenseg-paper": Variant(_paper, TokenSeg),
     "tokenseg-no-tokens": _changed(tokens=False),
     "tokenseg-no-refinement": _changed(refine_fraction=0.0),
     "tokenseg-dense-refinement": _changed(refine_fraction=1.0),
