@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from tokenseg.errors import FileError
-from tokenseg.files import check_writable, remove_leftovers, replaced_on_success, temporary_beside, write_atomically
+from tokenseg.files import (
+    check_writable,
+    remove_leftovers,
+    remove_leftovers_of,
+    replaced_on_success,
+    temporary_beside,
+    write_atomically,
+)
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -96,6 +103,15 @@ def test_a_folder_in_place_of_the_file_stays(tmp_path: Path) -> None:
         write_atomically(path, b"x")
     assert (path / "inside").is_dir()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_one_file_are_removed_and_no_others(tmp_path: Path) -> None:
+    odd, other = tmp_path / "scan[1]_seg.dcm", tmp_path / "scan1_seg.dcm"
+    left = [temporary_beside(path) for path in (odd, other)]
+    for path in (odd, other, *left):
+        path.write_text("x")
+    remove_leftovers_of(odd)
+    assert sorted(tmp_path.iterdir()) == sorted([odd, other, left[1]])
 
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from tokenseg.checkpoint import load_model
 from tokenseg.config import EngineName
 from tokenseg.engine import EngineChoice, choose_engine
 from tokenseg.errors import ConfigError, TokenSegError
+from tokenseg.files import remove_leftovers_of
 from tokenseg.ledger import Ledger
-from tokenseg.outputs import CaseResult
+from tokenseg.outputs import CaseResult, no_findings_file, probabilities_file, quality_file
 from tokenseg.progress import Progress, Silent
 from tokenseg.segment import Compute
 from tokenseg.status import CaseStatus
@@ -111,7 +112,10 @@ def hand_out(cases: Iterator[tuple[int, Work]], ledger: Ledger, staff: _Staff) -
         if ended is None:
             continue
         job, result = ended
-        deaths[job.number] += result is None
+        if result is None:
+            deaths[job.number] += 1
+            for place in (no_findings_file, quality_file, probabilities_file, Path):
+                remove_leftovers_of(place(job.work.target))
         if result is None and deaths[job.number] < MAX_DEATHS:
             ledger.progress.message(f"{job.work.shown}: its worker died; once more")
             cases = chain([job], cases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -146,6 +147,12 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove temporary files that a killed process left when it was to write `path`."""
+    for leftover in path.parent.glob(f"{_TEMPORARY}*-{glob.escape(path.name)}"):
+        leftover.unlink(missing_ok=True)
 
 
 def temporary_beside(path: Path) -> Path:
