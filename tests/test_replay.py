@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tokenseg.replay
 from tokenseg.replay import repeated
 
 ONE, OTHER = torch.ones(1, 1, 4, 4, 4), torch.ones(1, 1, 4, 4, 5)
@@ -36,9 +37,10 @@ class Journal:
         return replay
 
 
-def test_a_shape_that_follows_itself_is_recorded_once() -> None:
+def test_a_shape_that_follows_itself_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal()
-    run = repeated(journal.compute, journal.record)
+    monkeypatch.setattr(tokenseg.replay, "Recording", journal.record)
+    run = repeated(journal.compute)
     assert [run(each) for each in (ONE, ONE, 2 * ONE, OTHER, OTHER, ONE)] == [64, 64, 128, 80, 80, 64]
     assert journal.lines == [
         *("computed", "recorded 4", "replayed", "replayed"),
@@ -48,16 +50,18 @@ def test_a_shape_that_follows_itself_is_recorded_once() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("operation not permitted when stream is capturing"), "no memory"])
-def test_what_cannot_be_recorded_runs_as_it_is(error: Exception | str) -> None:
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch, error: Exception | str) -> None:
     journal = Journal(torch.OutOfMemoryError(error) if isinstance(error, str) else error)
-    run = repeated(journal.compute, journal.record)
+    monkeypatch.setattr(tokenseg.replay, "Recording", journal.record)
+    run = repeated(journal.compute)
     assert [run(ONE) for _ in range(3)] == [64, 64, 64]
     assert journal.lines == ["computed"] * 3
 
 
-def test_other_errors_are_not_hidden() -> None:
+def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(KeyError("a mistake of ours"))
-    run = repeated(journal.compute, journal.record)
+    monkeypatch.setattr(tokenseg.replay, "Recording", journal.record)
+    run = repeated(journal.compute)
     run(ONE)
     with pytest.raises(KeyError):
         run(ONE)

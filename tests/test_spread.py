@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
 
 from phantoms import write_msd
 from plans import make_plan
+from tokenseg.checkpoint import load_model
 from tokenseg.data.datasets import open_dataset
 from tokenseg.data.findings import check_dataset, compare_cases
 from tokenseg.data.fingerprint import take_fingerprint
@@ -15,7 +18,8 @@ from tokenseg.data.intensities import find_scalings
 from tokenseg.data.preprocess import prepare_image
 from tokenseg.data.spread import Spread, spread_of, spread_of_difference
 from tokenseg.data.suitability import ChannelRange, InputFacts, check_input
-from tokenseg.data.volume import Volume
+from tokenseg.data.volume import Volume, read_volume
+from tokenseg.predict import segment_volume
 from tokenseg.progress import Silent
 
 SHAPE = (24, 20, 22)
@@ -127,3 +131,21 @@ def test_check_and_train_name_the_case(tmp_path) -> None:
     assert "to 1e+07" in found.text
     (told,) = compare_cases(take_fingerprint(dataset).cases)
     assert (told.case_id, told.text.split(",")[0]) == ("case_002", found.text.split(": ")[1].split(",")[0])
+
+
+def test_real_scans_are_far_from_the_limit(real_data) -> None:
+    ratios = [
+        spread_of(np.asarray(nib.load(path).dataobj, dtype=np.float32)).ratio
+        for name in ("Task04_Hippocampus", "LeftAtrium")
+        for path in (real_data / name / "imagesTr").glob("[!.]*.nii.gz")
+    ]
+    assert len(ratios) == 280
+    assert f"{max(ratios):.1f}" == "3.2"
+
+
+def test_hot_voxels_leave_the_built_in_models_mask_as_it_is(real_data) -> None:
+    scan = read_volume(real_data / "Task04_Hippocampus" / "imagesTr" / "hippocampus_003.nii.gz", ("MRI",))
+    model = load_model("hippocampus")
+    hot = with_hot(scan.array, 100 * float(scan.array.max()), 5)
+    clean, spoiled = (segment_volume(model, replace(scan, array=array)) for array in (scan.array, hot))
+    assert np.mean(clean[clean + spoiled > 0] == spoiled[clean + spoiled > 0]) > 0.98

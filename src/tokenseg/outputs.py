@@ -148,8 +148,11 @@ def check_output_file(output: Path, image: Path, endings: tuple[str, ...], *, wa
         raise FileError(f"output {output} must be a file ending in {', '.join(endings)}, since the input is one file")
     if output.exists() and output.samefile(image):
         raise FileError(f"output {output} is the input image itself; name another file")
-    if output.exists() and not (is_quality(quality_file(output)) and is_manifest(manifest_file(output))):
-        raise FileError(f"{output} is there already, not written by `tokenseg segment`; name another output")
+    # One of them is enough: a call may have been killed before it wrote the other.
+    if output.exists() and not (is_quality(quality_file(output)) or is_manifest(manifest_file(output))):
+        raise FileError(
+            f"{output} is there already, without a manifest of `tokenseg segment`; remove it, or name another output"
+        )
     words = no_findings_file(output)
     if output.name.endswith(".dcm") and words.exists() and not is_no_findings(words):
         raise FileError(f"{words} is in the way: where nothing is found, it would be overwritten; name another output")

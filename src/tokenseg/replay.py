@@ -48,13 +48,11 @@ class Recording(Generic[ResultT]):  # pragma: no cover - cuda
 
 def repeated(
     compute: Callable[[Tensor], ResultT],
-    record: Callable[[Callable[[Tensor], ResultT], Tensor], Callable[[Tensor], ResultT]] = Recording,
 ) -> Callable[[Tensor], ResultT]:
     """A pass that is recorded as soon as a shape follows itself, as windows do; others run as they are.
 
     Args:
         compute: The pass, from images on the GPU to a result there.
-        record: What makes a recording of it.
 
     Returns:
         The same function; its result is to be used before the next call.
@@ -69,7 +67,7 @@ def repeated(
             return compute(images)
         if recorded is None:
             try:
-                recorded = record(compute, images)
+                recorded = Recording(compute, images)
             except RuntimeError:
                 recorded = compute  # it costs time only
         return recorded(images)

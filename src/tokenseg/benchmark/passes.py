@@ -133,8 +133,6 @@ def _openvino_pass(network: nn.Module, images: Tensor, setting: Setting) -> Call
 
     if not is_installed():
         raise ConfigError("openvino is not installed: pip install 'tokenseg[openvino]'")
-    if setting.device != "cpu":
-        raise ConfigError(f"openvino computes on the CPU here, not on {setting.device}")
     compiled = compile_openvino(network, CHANNELS, threads=setting.threads, precision=setting.precision)
 
     def run() -> None:

@@ -26,6 +26,10 @@ from tokenseg.data.volume import Volume, check_same_grid, join_channels
 from tokenseg.errors import DataError, GeometryError
 from tokenseg.shapes import Affine
 
+_LOCALIZERS = ("LOCALIZER", "SCOUT")
+"""How parts of ImageType begin."""
+_DIGITS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Exam:
@@ -36,10 +40,6 @@ class Exam:
     series: tuple[Series, ...]
     wanted: str = ""
     """UID of a series, or a part of its description; empty leaves the choice to the model's needs."""
-
-
-_LOCALIZERS = ("LOCALIZER", "SCOUT")
-_DIGITS = 8
 
 
 class Channel(NamedTuple):

@@ -40,9 +40,9 @@ OUTLIER = 8.0
 """Distance from the median in robust deviations (1.4826 times the median absolute deviation)."""
 NOT_WRITTEN = "--fix writes no .mhd: convert the dataset to .mha or .nii.gz, or mend it by hand"
 """What is said where it would mend a file of another format."""
-_MEND_FEW = "look at the image: hot voxels, or a fill value?"
 SPACING_OUTLIER = 3.0
 """Times the median spacing, or a third of it."""
+_MEND_FEW = "look at the image: hot voxels, or a fill value?"
 
 
 @dataclass(frozen=True, slots=True)
