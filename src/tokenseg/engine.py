@@ -112,7 +112,7 @@ def compile_openvino(network: nn.Module, channels: int, *, threads: int | None, 
     def compile_for(size: Size) -> Compiled:
         return _compile(_convert(network, channels, size), threads, precision)
 
-    return _by_size(compile_for)
+    return _by_size(network, compile_for)
 
 
 def _check_usable(device: torch.device) -> None:
@@ -141,17 +141,18 @@ def _forward_of(model: Model, threads: int | None, precision: Precision) -> Forw
         converted.reshape([1, len(plan.channels), *size])
         return _compile(converted, threads, precision)
 
-    padded_forward = _by_size(compile_for)
+    padded_forward = _by_size(network, compile_for)
 
     def forward(images: Images) -> Logits:
         x, y, z = images.shape[2:]
-        padded = nn.functional.pad(images, network.padding((x, y, z)))
+        padding = network.padding((x, y, z))
+        padded = nn.functional.pad(images, padding) if any(padding) else images
         return padded_forward(padded)[:, :, :x, :y, :z]
 
     return forward
 
 
-def _by_size(compile_for: Callable[[Size], Compiled]) -> Forward:
+def _by_size(network: nn.Module, compile_for: Callable[[Size], Compiled]) -> Forward:
     """A forward pass that keeps what was compiled for the last few sizes."""
     compiled: dict[Size, Any] = {}
 
@@ -162,14 +163,20 @@ def _by_size(compile_for: Callable[[Size], Compiled]) -> Forward:
         compiled[size] = request
         if len(compiled) > _COMPILED_SIZES:
             del compiled[next(iter(compiled))]
-        logits: np.ndarray[Any, np.dtype[np.float32]] = request.infer({0: image.contiguous().numpy()})[0]
-        return torch.from_numpy(logits)
+        result = request.infer({0: image.contiguous().numpy()}, share_inputs=True, share_outputs=True)[0]
+        return _unshared(network, torch.from_numpy(result))[:, :, : size[0], : size[1], : size[2]]
 
     def forward(images: Images) -> Logits:
         results = [forward_one(image) for image in torch.split(images, 1)]
         return results[0] if len(results) == 1 else torch.cat(results)
 
     return forward
+
+
+def _unshared(network: nn.Module, result: Tensor) -> Logits:
+    """Logits of voxels, in memory of their own: a request writes over its result next time."""
+    logits: Logits = network.voxels(result) if isinstance(network, TokenSeg) else result
+    return logits.clone() if logits.data_ptr() == result.data_ptr() else logits
 
 
 # ---- conversion
@@ -196,11 +203,15 @@ def _import_openvino() -> ModuleType:
 
 
 class _LogitsOnly(nn.Module):
+    """TokenSeg's come in blocks: torch takes them apart faster, and in the copy that has to be made anyway."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
+        if isinstance(self.network, TokenSeg):
+            return self.network.blocks(images).logits
         output: Any = self.network(images)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
@@ -246,7 +257,7 @@ def _convert_any_size(model: Model) -> bytes:
     converted.reshape([1, channels, -1, -1, -1])
     content = _pack(converted)
     compiled = _compile(_unpack(content), None, "fp32")
-    forward = _by_size(lambda _: compiled)
+    forward = _by_size(network, lambda _: compiled)
     generator = torch.Generator().manual_seed(0)
     for vox in _CHECKED_VOX:
         images = torch.randn(1, channels, *_padded_size(network, vox), generator=generator)

@@ -95,8 +95,17 @@ def _kept_boxes_vox(sizes: tuple[Size, ...], strides: tuple[Size, ...], grid: Si
 
 def _matrix(build: _Build, size: int, count: int, like: Tensor) -> Tensor:
     if _is_recorded() or type(like) is not Tensor:
-        return build(size, count, like.device).to(like.dtype)
+        matrix = build(size, count, like.device).to(like.dtype)
+        return matrix * _one(like) if is_traced() else matrix
     return _kept_matrix(build, size, count, like.device, like.dtype)
+
+
+def _one(like: Tensor) -> Tensor:
+    """One, by way of what is only known at run time: OpenVINO multiplies by a constant in full precision always.
+
+    Converting the finest map for that takes longer than the product.
+    """
+    return like[:1, :1, :1, :1, :1].reshape(1).isinf().to(like.dtype) * 0 + 1
 
 
 # For good: a recorded pass (`replay.py`) reads them. The lengths that images have at four levels bound their number.

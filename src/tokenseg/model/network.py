@@ -21,7 +21,7 @@ from tokenseg.model.encoder import CandidateTokens, HierarchicalEncoder
 from tokenseg.model.importance import Importance, ImportanceScore, cell_gradient
 from tokenseg.model.mixer import TokenMixer
 from tokenseg.model.quantizer import Quantized, VectorQuantizer, build_quantizer
-from tokenseg.model.refiner import SparseRefiner
+from tokenseg.model.refiner import BlockLogits, SparseRefiner
 from tokenseg.model.selection import gather_tokens, scatter_tokens, select_tokens
 from tokenseg.shapes import Codes, Features, Images, Logits, TokenFlags, Tokens
 
@@ -41,6 +41,15 @@ class TokenRecord(NamedTuple):
     """Whether each candidate was kept."""
     commitment_loss: Float[Tensor, ""]
     """Mean squared distance of tokens to their codes; 0 outside training."""
+
+
+class BlockOutput(NamedTuple):
+    """What the network computes at 1/2; full resolution is only another order of its logits."""
+
+    logits: BlockLogits
+    """Of every block of the padded image."""
+    deep_logits: tuple[CoarseLogits, ...]
+    tokens: TokenRecord | None
 
 
 class TokenSegOutput(NamedTuple):
@@ -94,6 +103,13 @@ class TokenSeg(nn.Module):
             num_kept: K for this pass; None takes the configured one.
         """
         x, y, z = images.shape[2:]
+        blocks = self.blocks(images, num_kept)
+        logits = self.voxels(blocks.logits)[:, :, :x, :y, :z]
+        return TokenSegOutput(logits, blocks.deep_logits, blocks.tokens)
+
+    def blocks(self, images: Images, num_kept: int | None = None) -> BlockOutput:
+        """All of `forward` but the order of its logits: blocks of voxels, those of the padding included."""
+        x, y, z = images.shape[2:]
         padding = self.padding((x, y, z))
         # A recorded pass would pad by sizes found at run time even where that is nothing, which is dear.
         padded = images if is_traced() and not any(padding) else nn.functional.pad(images, padding)
@@ -108,8 +124,11 @@ class TokenSeg(nn.Module):
         features, block_logits, deep_logits = self.decoder(pyramid)
         if self.refiner is not None:
             block_logits = self.refiner(intensities, features, block_logits)
-        logits = depth_to_space(block_logits, self.stem_stride)
-        return TokenSegOutput(logits[:, :, :x, :y, :z], deep_logits, tokens)
+        return BlockOutput(block_logits, deep_logits, tokens)
+
+    def voxels(self, logits: BlockLogits) -> Logits:
+        """Take blocks apart into voxels, padding included."""
+        return depth_to_space(logits, self.stem_stride)
 
     def padding(self, size: tuple[int, int, int]) -> list[int]:
         """Zeros appended to each axis: a multiple of the first stride, and two voxels left at the last level.

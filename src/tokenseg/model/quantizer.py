@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenseg.model.blocks import is_traced
 from tokenseg.processes import gather_rows
 from tokenseg.shapes import Codes, Tokens
 
@@ -99,6 +100,9 @@ class VectorQuantizer(nn.Module):
     def _nearest(self, tokens: Tokens) -> Codes:
         # |t - c|^2 without |t|^2, which does not change the order.
         distance = self.codebook.square().sum(dim=1) - 2 * torch.matmul(tokens, self.codebook.t())
+        if is_traced():
+            nearest = distance <= distance.amin(dim=-1, keepdim=True)
+            return torch.where(nearest, torch.arange(distance.shape[-1]), distance.shape[-1]).amin(dim=-1)
         return distance.argmin(dim=-1)
 
     @torch.no_grad()
