@@ -44,10 +44,10 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def speed_rows(precision: str) -> dict[str, dict[str, str]]:
-    """Newest row of each network at 128 voxels with torch on two threads, all on the CPU that was measured last."""
-    conditions = {"stage": "forward", "size": "128", "engine": "torch", "device": "cpu", "threads": "2"}
-    conditions["precision"] = precision
+def speed_rows(precision: str, engine: str = "torch", threads: int = 2) -> dict[str, dict[str, str]]:
+    """Newest row of each network at 128 voxels, all on the CPU that was measured last."""
+    conditions = {"stage": "forward", "size": "128", "device": "cpu", "precision": precision}
+    conditions |= {"engine": engine, "threads": str(threads)}
     rows = [row for row in rows_of("speed.csv") if row["median_ms"] and conditions.items() <= row.items()]
     return {row["network"]: row for row in rows if row["cpu"] == rows[-1]["cpu"]}
 
@@ -62,6 +62,22 @@ def speed_table(precision: str) -> str:
             lines.append(
                 f"| {name} | {row['parameters_m']} M | {_seconds(row)} s | {_times(row)} | {row['peak_mib']} MiB |"
             )
+    return "\n".join(lines)
+
+
+def openvino_table() -> str:
+    """Networks through OpenVINO in half precision on one thread; nnU-Net also as its users run it."""
+    newest = speed_rows("bf16", "openvino", 1)
+    ours, plain = newest["tokenseg-small"], speed_rows("fp32", "torch", 1)["nnunet-plainconv"]
+    lines = ["| network | engine | precision | time | times `small` |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {name} | OpenVINO | bf16 | {_seconds(newest[network])} s | {_times(newest[network])} |"
+        for network, name in SPEED_NAMES.items()
+        if network in newest
+    ]
+    # Of two runs, one after the other: no passes in turn.
+    times = float(plain["median_ms"]) / float(ours["median_ms"])
+    lines.append(f"| {SPEED_NAMES['nnunet-plainconv']} | torch | fp32 | {_seconds(plain)} s | {times:.0f} |")
     return "\n".join(lines)
 
 
@@ -218,6 +234,7 @@ def fill(text: str) -> str:
         "speed": partial(speed_table, "fp32"),
         "speed-bf16": partial(speed_table, "bf16"),
         "speed-gpu": gpu_table,
+        "speed-openvino": openvino_table,
         "accuracy": partial(accuracy_table, "accuracy_fp32"),
         "accuracy-bf16": partial(accuracy_table, "accuracy"),
         "accuracy-left-atrium": partial(accuracy_table, "accuracy_left_atrium"),

@@ -152,6 +152,19 @@ def test_the_same_bits_again_whatever_came_before(tmp_path):
 
 
 @pytest.mark.usefixtures("in_fp32")
+@pytest.mark.parametrize("first", [(1, 1, 1), (2, 2, 2)])
+def test_a_result_outlives_the_next_pass(first):
+    # One output and blocks of one voxel: nothing has to be moved, so nothing would be copied by itself.
+    model = active_model(make_plan(1, 1, regions=True, strides=(first, *((2, 2, 2),) * 3)))
+    forward = forward_of(choose_engine([model], "openvino").models[0])
+    images = noise(1, 32, 32, 32)
+    result = forward(images)
+    before = result.clone()
+    assert not torch.equal(forward(-images), before)
+    assert torch.equal(result, before)
+
+
+@pytest.mark.usefixtures("in_fp32")
 def test_any_network_compiles_for_every_size_it_meets():
     plain = nn.Sequential(
         nn.Conv3d(2, 4, 3, padding=1), nn.Flatten(2), nn.Softmax(dim=2), nn.Unflatten(2, (-1, 10, 12))
