@@ -62,7 +62,13 @@ def test_tables_come_from_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(float(row["peak_gb"]) < float(row["limit"].removesuffix("GB")) for row in tables.rows_of("memory.csv"))
     measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert tables.fill(measurements) == measurements
-    for table in (tables.openvino_table, tables.gpu_table, tables.earlier_table, tables.equal_steps_table, tables.steering_table):
+    for table in (
+        tables.openvino_table,
+        tables.gpu_table,
+        tables.earlier_table,
+        tables.equal_steps_table,
+        tables.steering_table,
+    ):
         assert table() in measurements
     assert tables.speed_table("bf16") in measurements
     assert tables.accuracy_table("ablation") in measurements

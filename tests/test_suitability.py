@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -10,6 +11,7 @@ from plans import make_plan
 from tokenseg.checkpoint import load_model, save_model
 from tokenseg.cli import main
 from tokenseg.data.datasets import load_case, open_dataset
+from tokenseg.data.findings import check_files
 from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
 from tokenseg.data.suitability import ChannelRange, InputFacts, check_input, describe_inputs, summarise_inputs
 from tokenseg.data.volume import Volume, read_volume
@@ -32,7 +34,10 @@ def scan(
     shape: tuple[int, int, int] = (35, 50, 35), spacing_mm=(1.0, 1.0, 1.0), array: np.ndarray | None = None, affine=None
 ) -> Volume:
     affine = np.diag([*spacing_mm, 1.0]) if affine is None else affine
-    values = np.full(shape, 100, np.float32) if array is None else array.astype(np.float32)
+    values = np.full(shape, 100) if array is None else array
+    values = values.astype(np.float32)
+    if array is None:
+        values[0] += 1
     return Volume(values[np.newaxis], affine, ("MRI",))
 
 
@@ -47,6 +52,24 @@ def test_a_scan_like_those_of_training_gives_no_warning():
 
 def test_a_model_that_does_not_tell_gives_no_warning():
     assert check_input(scan((300, 300, 300)), None) == ()
+
+
+@pytest.mark.parametrize("facts", [None, CROPS])
+def test_one_value_everywhere(facts):
+    constant = scan(array=np.full((35, 50, 35), 7))
+    assert check_input(constant, facts) == ("MRI has one value everywhere; is it the scan?",)
+
+
+@pytest.mark.parametrize(("qform", "sform", "told"), [(0, 0, True), (1, 0, False), (0, 2, False), (1, 1, False)])
+def test_a_header_without_orientation(tmp_path, qform, sform, told):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), None)
+    image.set_qform(np.diag([1.0, 1.0, 1.0, 1.0]), code=qform)
+    image.set_sform(np.diag([1.0, 1.0, 1.0, 1.0]), code=sform)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    warnings = check_input(read_volume(tmp_path / "scan.nii.gz", ("MRI",)), None)
+    assert [("it may be mirrored" in warning) for warning in warnings] == [True] * told
+    findings = check_files([tmp_path / "scan.nii.gz"] * 2)
+    assert [("it may be mirrored" in finding.text) for finding in findings] == [True] * (2 * told)
 
 
 def test_a_whole_head():
@@ -140,7 +163,7 @@ def test_mr_where_training_was_ct():
 def test_every_channel_is_checked_by_its_name():
     other = ChannelRange(name="T2", minimum=(0, 0), negative_share=(0, 0))
     facts = CROPS.model_copy(update={"channels": (MR, other)})
-    arrays = np.stack([np.full((35, 50, 35), 10), ct_scan()]).astype(np.float32)
+    arrays = np.stack([scan().array[0], ct_scan()]).astype(np.float32)
     for names, warned in ((("MRI", "T2"), "T2"), (("T2", "MRI"), "MRI")):
         (warning,) = check_input(Volume(arrays, np.eye(4), names), facts)
         assert warning.endswith(
@@ -196,8 +219,8 @@ def test_segment_tells_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
     facts = model.facts.model_copy(update={"inputs": CROPS})
     save_model(tmp_path / "model", model.network, facts)
     save_model(tmp_path / "silent", model.network, model.facts)
-    write_nifti(tmp_path / "in" / "far.nii.gz", np.full((100, 40, 40), 5, np.float32))
-    write_nifti(tmp_path / "in" / "near.nii.gz", np.full((40, 50, 40), 5, np.float32))
+    write_nifti(tmp_path / "in" / "far.nii.gz", scan((100, 40, 40)).array[0])
+    write_nifti(tmp_path / "in" / "near.nii.gz", scan((40, 50, 40)).array[0])
     warning = (
         "field of view 100 x 40 x 40 mm; trained on 31-43 x 40-59 x 24-47 mm crops around the hippocampus; "
         "crop it first"

@@ -19,7 +19,7 @@ from nibabel.orientations import io_orientation
 
 from tokenseg.data.cases import OWN_LABEL, Case, Dataset, first_few, shared_labels
 from tokenseg.data.fingerprint import CaseFingerprint, label_remedy, voxel_digest
-from tokenseg.data.formats import is_written, read_values
+from tokenseg.data.formats import is_written, orientation_problem, read_header, read_values
 from tokenseg.data.grids import is_lost_header, relate_grids
 from tokenseg.data.rounding import RoundedMask, round_mask
 from tokenseg.data.spread import spread_of
@@ -113,8 +113,10 @@ def check_files(paths: Sequence[Path]) -> list[Finding]:
     """
     first = read_grid(paths[0])
     findings = [*_affine_findings(paths[0].name, paths[0], first.affine)]
+    findings += _orientation_findings(paths[0].name, paths[0])
     for path in paths[1:]:
         try:
+            findings += _orientation_findings(path.name, path)
             findings += _grid_findings(path.name, paths[0], first, path, read_grid(path), fixable=False)
         except TokenSegError as error:
             findings.append(Finding("error", path.name, "file", str(error)))
@@ -135,6 +137,7 @@ def _check_case(dataset: Dataset, case: Case, facts: _Facts) -> Iterator[Finding
         else:
             facts.spacings[case.case_id] = _canonical_spacing(grid)
             yield from _affine_findings(case.case_id, path, grid.affine)
+        yield from _orientation_findings(case.case_id, path)
         grids.append((path, grid))
     if case.label is not None:
         yield from _label_findings(dataset, case, case.label, grids, facts)
@@ -277,6 +280,13 @@ def _affine_findings(case_id: str, path: Path, affine: Affine) -> Iterator[Findi
     if cosines.max() > SHEAR_TOLERANCE:
         text = f"{path.name}: axes are not at right angles (off by a cosine of {cosines.max():.3g})"
         yield Finding("warning", case_id, "affine", text, "it is treated as upright; resample it to an upright grid")
+
+
+def _orientation_findings(case_id: str, path: Path) -> Iterator[Finding]:
+    problem = orientation_problem(read_header(path).header)
+    if problem:
+        mend = "export it again, or set a code once you have seen that it lies right"
+        yield Finding("warning", case_id, "affine", f"{path.name}: {problem}", mend)
 
 
 def _duplicates(facts: _Facts) -> Iterator[Finding]:

@@ -100,6 +100,17 @@ def read_header(path: Path) -> Stored:
     return Stored(*nifti.read_header(path))
 
 
+def orientation_problem(header: Header | None) -> str:
+    """What is wrong with a header that does not say where the axes of its voxels point; empty for all others.
+
+    NIfTI allows that (both codes 0). The axes then count as running to the left, to the front and up, as in nibabel;
+    for programs that are built on ITK the second runs to the back.
+    """
+    if not isinstance(header, Nifti1Header) or header["qform_code"] > 0 or header["sform_code"] > 0:
+        return ""
+    return "its header does not say where its axes point (qform and sform codes are 0): it may be mirrored"
+
+
 def voxel_files(path: Path) -> tuple[Path, ...]:
     """The files that an image is: itself, and of a .mhd the one with its voxels, if that can be told."""
     if not path.name.lower().endswith(".mhd"):

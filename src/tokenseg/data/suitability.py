@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from tokenseg.config import Settings
 from tokenseg.data.fingerprint import CaseFingerprint
+from tokenseg.data.formats import orientation_problem
 from tokenseg.data.orientation import to_canonical
 from tokenseg.data.spread import HOUNSFIELD_MINIMUM, spread_of
 from tokenseg.data.volume import Volume
@@ -92,17 +93,30 @@ def summarise_inputs(cases: Iterable[CaseFingerprint], channels: Sequence[str]) 
 
 
 def check_input(volume: Volume, facts: InputFacts | None) -> tuple[str, ...]:
-    """Say in what a scan is far from all that a model was trained on.
+    """Say what is odd about a scan: where it may lie otherwise, or is far from all that a model was trained on.
 
     Args:
         volume: The scan, with the channels that the model expects.
         facts: `ModelFacts.inputs`; None for a model that does not tell.
 
     Returns:
-        A sentence a difference; empty where there is none, or nothing is known.
+        A sentence each; empty where there is nothing to say.
     """
-    if facts is None:
-        return ()
+    warnings = [orientation_problem(volume.header), *_constant_warnings(volume)]
+    if facts is not None:
+        warnings += _far_warnings(volume, facts)
+    return tuple(warning for warning in warnings if warning)
+
+
+def _constant_warnings(volume: Volume) -> list[str]:
+    return [
+        f"{name} has one value everywhere; is it the scan?"
+        for name, values in zip(volume.channels, volume.array, strict=True)
+        if values.min() == values.max()
+    ]
+
+
+def _far_warnings(volume: Volume, facts: InputFacts) -> list[str]:
     turned, spacing_mm = to_canonical(volume.array[0], volume.affine)
     sizes = _sizes(turned.shape, spacing_mm)
     warnings = [_extent_warning(sizes, facts), _spacing_warning(sizes, facts)]
@@ -110,7 +124,7 @@ def check_input(volume: Volume, facts: InputFacts | None) -> tuple[str, ...]:
         if known.name in volume.channels:
             values = volume.array[volume.channels.index(known.name)]
             warnings += [_value_warning(values, known), _spread_warning(values, known)]
-    return tuple(warning for warning in warnings if warning)
+    return warnings
 
 
 def describe_inputs(facts: InputFacts) -> str:
