@@ -288,6 +288,18 @@ def test_usage_errors_end_with_2_and_say_what_is_wrong(capsys, arguments, said):
 
 
 @pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--model", "m", "--model=n"], "--model"),
+        (["--model", "m", "--max_memory", "1GB", "--max-memory", "2GB"], "--max-memory"),
+    ],
+)
+def test_an_option_that_would_be_forgotten_is_refused(capsys, options, name):
+    assert main(["segment", "a", "b", *options]) == 2
+    assert capsys.readouterr() == ("", f"error: {name} is given 2 times; give it once, with all its values behind it\n")
+
+
+@pytest.mark.parametrize(
     ("command", "options", "said"),
     [
         ("segment", ["--threads", "0"], "--threads 0: must be at least 1"),

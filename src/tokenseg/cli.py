@@ -71,6 +71,7 @@ def _run(arguments: list[str]) -> int:
 
         print(f"tokenseg {__version__}")
         return 0
+    _check_given_once(arguments)
     try:
         command: Any = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -85,6 +86,14 @@ def _run(arguments: list[str]) -> int:
             raise
         raise ConfigError("completion is for bash, zsh and fish; for tcsh, pip install shtab first") from error
     return int(command.execute())
+
+
+def _check_given_once(arguments: list[str]) -> None:
+    """The parser would take the last one, and forget the others without a word."""
+    names = [name.split("=")[0].replace("_", "-") for name in arguments if name.startswith("--")]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} is given {names.count(name)} times; give it once, with all its values behind it")
 
 
 def _give_up_stdout() -> None:
