@@ -159,6 +159,38 @@ def test_one_broken_study_does_not_stop_the_others(tmp_path):
         assert [bool(row["error"]) for row in csv.DictReader(file)] == [False, True, True]
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("length", [0, 100, 700])
+def test_a_damaged_file_stops_its_study_alone(tmp_path, length, zipped):
+    for name in ("anna", "bob"):
+        path = max(write_series(tmp_path / "in" / name / "scan"))
+    path.write_bytes(path.read_bytes()[:length])
+    given = Path(shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in")) if zipped else tmp_path / "in"
+    good, bad = segment_files([toy_model(constant(0.0, 1.0), TUMOUR)], given, tmp_path / "out")
+    assert good.mask is not None
+    assert path.name in bad.error
+    lines = [json.loads(line) for line in (tmp_path / "out" / "status.jsonl").read_text().splitlines()]
+    assert [bool(line["error"]) for line in lines] == [False, True]
+    assert path.name not in str(lines), "what a file is called may name a patient"
+
+
+def test_a_damaged_file_that_may_be_of_any_study_stops_all(tmp_path):
+    study = {"StudyInstanceUID": generate_uid()}
+    write_series(tmp_path / "across" / "a", tags=study)
+    cut = write_series(tmp_path / "across" / "b", tags=study)
+    write_series(tmp_path / "across" / "c")
+    for name in ("a", "b"):
+        flat = write_series(tmp_path / "flat" / name)
+        flat += [path.rename(tmp_path / "flat" / f"{name}-{path.name}") for path in flat]
+        write_series(tmp_path / "alone" / name)
+    alone = write_series(tmp_path / "alone" / "c", heights_mm=[0.0])
+    for name, path in (("across", cut[0]), ("flat", flat[-1]), ("alone", alone[0])):
+        list_exams(tmp_path / name)
+        path.write_bytes(path.read_bytes()[:700])
+        with pytest.raises(FileError, match=path.name):
+            list_exams(tmp_path / name)
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     write_series(tmp_path / "exam")
     model = toy_model(constant(0.0, 1.0), TUMOUR)

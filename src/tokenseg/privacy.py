@@ -47,6 +47,7 @@ def _hidden(case: Case) -> dict[str, str]:
     paths, members = list(case.images), set[str]()
     if case.exam is not None:
         files = {frame.file for series in case.exam.series for frame in series.frames}
+        files |= {damaged.file for damaged in case.exam.damaged}
         paths += [file.path for file in files]
         members = {file.member for file in files} - {""} | {case.exam.name}
     # A name such as 1 or a would be found in any sentence, and says nothing of who it is.

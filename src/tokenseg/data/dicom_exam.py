@@ -18,12 +18,13 @@ import numpy as np
 
 from tokenseg.config import Plan
 from tokenseg.data.channel_names import is_ct, phase_name
+from tokenseg.data.dicom_files import Damaged, DicomFile, folders_below
 from tokenseg.data.dicom_grid import stack_slices
 from tokenseg.data.dicom_phases import choose_phases, split_phases
 from tokenseg.data.dicom_pixels import read_frames
 from tokenseg.data.dicom_series import PLACE_TAGS, Frame, Series, list_series, placements_of
 from tokenseg.data.volume import Volume, check_same_grid, join_channels
-from tokenseg.errors import DataError, GeometryError
+from tokenseg.errors import DataError, FileError, GeometryError
 from tokenseg.shapes import Affine
 
 _LOCALIZERS = ("LOCALIZER", "SCOUT")
@@ -40,6 +41,8 @@ class Exam:
     series: tuple[Series, ...]
     wanted: str = ""
     """UID of a series, or a part of its description; empty leaves the choice to the model's needs."""
+    damaged: tuple[Damaged, ...] = ()
+    """Files that may be slices of it, so that it cannot be read."""
 
 
 class Channel(NamedTuple):
@@ -54,24 +57,52 @@ class Channel(NamedTuple):
 def list_exams(root: Path, wanted: str = "") -> list[Exam]:
     """All studies below a folder, in a zip archive or in one file, by name.
 
+    A damaged file does not say what it belongs to. Where each study lies in one folder below the one that was given, as
+    patients do, those of its folder count as damaged, and the others can be read.
+
     Raises:
-        FileError: A DICOM file cannot be read.
+        FileError: A DICOM file cannot be read, and might belong to any study.
         ConfigError: pydicom is not installed.
     """
+    found, damaged = list_series(root)
     studies: dict[str, list[Series]] = defaultdict(list)
-    for series in list_series(root):
+    for series in found:
         studies[series.study_uid].append(series)
+    tops = {
+        uid: {_top(root, frame.file) for each in series for frame in each.frames} for uid, series in studies.items()
+    }
+    _check_apart(root, damaged, list(tops.values()))
     names = _study_names(root, list(studies.values()))
-    exams = [Exam(name, tuple(series), wanted) for name, series in zip(names, studies.values(), strict=True)]
+    exams = [
+        Exam(name, tuple(series), wanted, tuple(each for each in damaged if _top(root, each.file) in tops[uid]))
+        for name, (uid, series) in zip(names, studies.items(), strict=True)
+    ]
     return sorted(exams, key=lambda exam: exam.name)
+
+
+def _check_apart(root: Path, damaged: Sequence[Damaged], tops: Sequence[set[str]]) -> None:
+    """Refuse damaged files unless it is known which studies they may belong to, and others are left."""
+    held = set[str]().union(*tops)
+    apart = len(held) > 1 and "" not in held and all(len(each) == 1 for each in tops)
+    for file, problem in damaged:
+        if not apart or _top(root, file) not in held:
+            raise FileError(problem)
+
+
+def _top(root: Path, file: DicomFile) -> str:
+    """The folder below the root that a file is in; empty if it lies in the root itself."""
+    return next(iter(folders_below(root, file)), "")
 
 
 def choose_channels(exam: Exam, plan: Plan) -> tuple[Channel, ...]:
     """Choose the series, or the phases, that a model needs.
 
     Raises:
+        FileError: A file is damaged that may be one of its slices.
         DataError: None fits, or several do: the message lists what there is.
     """
+    if exam.damaged:
+        raise FileError(exam.damaged[0].problem)
     if exam.wanted and not any(_is_wanted(each, exam) for each in exam.series):
         raise DataError(f"{exam.name} has no series {exam.wanted!r}. There are: {_listed(exam.series)}")
     if plan.joint_zscore:
@@ -225,10 +256,6 @@ def _study_names(root: Path, studies: Sequence[Sequence[Series]]) -> list[str]:
 
 
 def _common_folder(root: Path, study: Sequence[Series]) -> str:
-    folders = {
-        (Path(frame.file.member) if frame.file.member else frame.file.path.relative_to(root)).parent.parts
-        for series in study
-        for frame in series.frames
-    }
+    folders = {folders_below(root, frame.file) for series in study for frame in series.frames}
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
     return "-".join(parts[0] for parts in shared)

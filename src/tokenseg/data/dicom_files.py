@@ -1,7 +1,7 @@
 """DICOM files, in nested folders or a zip archive: finding them, and reading what is in one.
 
-Nothing is unpacked to disk, and of an archive no more is read than it declares. What cannot be read is an error and
-never passed over: it might be the end of a scan.
+Nothing is unpacked to disk, and of an archive no more is read than it declares. What cannot be read is never passed
+over: it might be the end of a scan.
 """
 # pydicom's functions carry few types:
 # mypy: disable-error-code="no-untyped-call"
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import check_no_device
@@ -78,13 +78,21 @@ class DicomFile:
             raise FileError(f"{self} cannot be read ({error}); unpack the archive and give the folder") from error
 
 
-def find_dicom(root: Path) -> list[DicomFile]:
+class Damaged(NamedTuple):
+    """A file that cannot be read, and why."""
+
+    file: DicomFile
+    problem: str
+
+
+def find_dicom(root: Path) -> tuple[list[DicomFile], list[Damaged]]:
     """All DICOM files of a folder and the folders in it, of a zip archive, or one file; sorted by name.
 
     A file counts by its content, whatever it is called; others are passed over. Links are followed, each folder once.
+    Damaged is what cannot be read, is called .dcm and is none, or is cut off within the first 132 bytes.
 
     Raises:
-        FileError: Something cannot be read, is called .dcm and is none, or is cut off within the first 132 bytes.
+        FileError: A folder or the archive cannot be read.
     """
     if root.is_dir():
         files = [DicomFile(path) for path in _files_below(root)]
@@ -93,12 +101,32 @@ def find_dicom(root: Path) -> list[DicomFile]:
     else:
         files = [DicomFile(root)]
     # A pipe or a device would wait for ever.
-    starts = {file: _start(file) for file in files if file.member or file.path.is_file()}
+    starts: dict[DicomFile, bytes] = {}
+    damaged: list[Damaged] = []
+    for file in files:
+        if file.member or file.path.is_file():
+            with noted(file, damaged):
+                starts[file] = _start(file)
     found = [file for file, start in starts.items() if start[_MARK_AT:] == _MARK]
     folders = {_folder(file) for file in found}
     for file, start in starts.items():
-        _check_no_dicom(file, start, among_dicom=_folder(file) in folders)
-    return found
+        with noted(file, damaged):
+            _check_no_dicom(file, start, among_dicom=_folder(file) in folders)
+    return found, damaged
+
+
+@contextmanager
+def noted(file: DicomFile, damaged: list[Damaged]) -> Iterator[None]:
+    """Note a file that cannot be read, and go on."""
+    try:
+        yield
+    except FileError as error:
+        damaged.append(Damaged(file, str(error)))
+
+
+def folders_below(root: Path, file: DicomFile) -> tuple[str, ...]:
+    """Names of the folders from what was given down to a file; of an archive, those in it."""
+    return (Path(file.member) if file.member else file.path.relative_to(root)).parent.parts
 
 
 def may_be_dicom(path: Path) -> bool:

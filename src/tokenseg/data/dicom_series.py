@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tokenseg.data.dicom_files import DicomFile, find_dicom, is_directory_file, read_dataset
+from tokenseg.data.dicom_files import Damaged, DicomFile, find_dicom, is_directory_file, noted, read_dataset
 from tokenseg.data.dicom_grid import Placement
 from tokenseg.errors import FileError
 from tokenseg.shapes import times
@@ -109,31 +109,39 @@ def placements_of(frames: Iterable[Frame]) -> list[Placement]:
     return [frame.placement for frame in frames if frame.placement is not None]
 
 
-def list_series(root: Path) -> list[Series]:
-    """All image series below a folder, in a zip archive or in one file, by study and series number.
+def list_series(root: Path) -> tuple[list[Series], list[Damaged]]:
+    """All image series below a folder, in a zip archive or in one file, by study and series number; damaged files.
 
     Segmentations, reports and other objects without slices of a scan are passed over.
 
     Raises:
-        FileError: A DICOM file cannot be read. One that is passed over might be the end of a scan.
+        FileError: A folder or the archive cannot be read.
         ConfigError: pydicom is not installed.
     """
     frames: dict[tuple[str, str], list[Frame]] = {}
     heads: dict[tuple[str, str], Dataset] = {}
-    for file in find_dicom(root):
-        dataset = read_dataset(file, _HEADER_TAGS)
-        if is_directory_file(dataset) or _text(dataset, "Modality") in _NO_SCANS:
-            continue
-        if "Rows" not in dataset:
-            _check_no_image(file, dataset)
-            continue
-        key = _text(dataset, "StudyInstanceUID"), _text(dataset, "SeriesInstanceUID")
-        if not all(key):
-            raise FileError(f"{file} does not say which study and series it belongs to; export it again")
-        heads.setdefault(key, dataset)
-        frames.setdefault(key, []).extend(_frames(file, dataset))
+    found, damaged = find_dicom(root)
+    for file in found:
+        with noted(file, damaged):
+            dataset = read_dataset(file, _HEADER_TAGS)
+            if _is_of_a_scan(file, dataset):
+                key = _text(dataset, "StudyInstanceUID"), _text(dataset, "SeriesInstanceUID")
+                if not all(key):
+                    raise FileError(f"{file} does not say which study and series it belongs to; export it again")
+                own = list(_frames(file, dataset))
+                heads.setdefault(key, dataset)
+                frames.setdefault(key, []).extend(own)
     series = [_series(key, heads[key], frames[key]) for key in heads if frames[key]]
-    return sorted(series, key=lambda each: (each.study_uid, _as_number(each.number), each.uid))
+    return sorted(series, key=lambda each: (each.study_uid, _as_number(each.number), each.uid)), damaged
+
+
+def _is_of_a_scan(file: DicomFile, dataset: Dataset) -> bool:
+    if is_directory_file(dataset) or _text(dataset, "Modality") in _NO_SCANS:
+        return False
+    if "Rows" not in dataset:
+        _check_no_image(file, dataset)
+        return False
+    return True
 
 
 def _check_no_image(file: DicomFile, dataset: Dataset) -> None:
