@@ -264,7 +264,8 @@ class _RowSums:
         to_end = self._length - slot
         for part, slots in ((slice(0, to_end), slice(slot, None)), (slice(to_end, None), slice(0, slot))):
             if slots != slice(0, 0):
-                self._weighted[(slice(None), slots, *place)] += logits[:, part, own] * weight[part, own]
+                # At once: a product of its own, as large as the logits, takes as long as the rest of it.
+                self._weighted[(slice(None), slots, *place)].addcmul_(logits[:, part, own], weight[part, own])
                 self._weight[(slots, *place)] += weight[part, own]
         self._reach = row + self._length
 
