@@ -152,10 +152,9 @@ def test_the_same_bits_again_whatever_came_before(tmp_path):
 
 
 @pytest.mark.usefixtures("in_fp32")
-@pytest.mark.parametrize("first", [(1, 1, 1), (2, 2, 2)])
-def test_a_result_outlives_the_next_pass(first):
+def test_a_result_outlives_the_next_pass():
     # One output and blocks of one voxel: nothing has to be moved, so nothing would be copied by itself.
-    model = active_model(make_plan(1, 1, regions=True, strides=(first, *((2, 2, 2),) * 3)))
+    model = active_model(make_plan(1, 1, regions=True, strides=((1, 1, 1), *((2, 2, 2),) * 3)))
     forward = forward_of(choose_engine([model], "openvino").models[0])
     images = noise(1, 32, 32, 32)
     result = forward(images)

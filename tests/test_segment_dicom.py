@@ -16,9 +16,11 @@ from pydicom.uid import generate_uid
 
 from dicom_phantoms import NUM_SLICES, SIZE, write_enhanced, write_series
 from plans import make_plan
+from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
 from tokenseg.config import SegmentOptions
 from tokenseg.data.dicom_exam import list_exams, read_exam
+from tokenseg.data.dicom_files import DicomFile
 from tokenseg.data.dicom_seg import read_seg
 from tokenseg.data.inputs import list_inputs, read_written_mask
 from tokenseg.data.volume import read_mask, write_volume
@@ -165,13 +167,45 @@ def test_a_damaged_file_stops_its_study_alone(tmp_path, length, zipped):
     for name in ("anna", "bob"):
         path = max(write_series(tmp_path / "in" / name / "scan"))
     path.write_bytes(path.read_bytes()[:length])
-    given = Path(shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path / "in")) if zipped else tmp_path / "in"
+    given = tmp_path / "in"
+    if zipped:  # around the folder, as many programs do
+        given = Path(shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path, "in"))
     good, bad = segment_files([toy_model(constant(0.0, 1.0), TUMOUR)], given, tmp_path / "out")
     assert good.mask is not None
     assert path.name in bad.error
     lines = [json.loads(line) for line in (tmp_path / "out" / "status.jsonl").read_text().splitlines()]
     assert [bool(line["error"]) for line in lines] == [False, True]
     assert path.name not in str(lines), "what a file is called may name a patient"
+
+
+def test_a_slice_that_comes_later_and_is_damaged(tmp_path, monkeypatch):
+    """The mask without it is of no use any more, unless nobody can tell: then it stays, and the case fails."""
+    for name in ("anna", "bob"):
+        path = max(write_series(tmp_path / "in" / name / "scan"))
+    content = path.read_bytes()
+    path.unlink()
+    model = load_model(save_untrained(tmp_path / "model"))
+
+    def masks() -> list[str]:
+        results = segment_files([model], tmp_path / "in", tmp_path / "out")
+        assert [bool(result.error) for result in results] == [False, path.exists()]
+        return sorted(mask.name for mask in (tmp_path / "out").glob("*_seg.dcm"))
+
+    both = ["anna-scan_seg.dcm", "bob-scan_seg.dcm"]
+    assert masks() == both
+    path.write_bytes(content)
+    start = DicomFile.opened
+
+    def unreadable(file: DicomFile):
+        if file.path == path:
+            raise FileError(f"{file} cannot be read: Input/output error")
+        return start(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DicomFile, "opened", unreadable)
+        assert masks() == both
+    path.write_bytes(content[:700])
+    assert masks() == both[:1]
 
 
 def test_a_damaged_file_that_may_be_of_any_study_stops_all(tmp_path):
@@ -183,8 +217,11 @@ def test_a_damaged_file_that_may_be_of_any_study_stops_all(tmp_path):
         flat = write_series(tmp_path / "flat" / name)
         flat += [path.rename(tmp_path / "flat" / f"{name}-{path.name}") for path in flat]
         write_series(tmp_path / "alone" / name)
+        inner = write_series(tmp_path / "inner" / name / "scan")
     alone = write_series(tmp_path / "alone" / "c", heights_mm=[0.0])
-    for name, path in (("across", cut[0]), ("flat", flat[-1]), ("alone", alone[0])):
+    (tmp_path / "inner" / "b" / "other").mkdir()
+    inner += [inner[0].rename(tmp_path / "inner" / "b" / "other" / "slice")]
+    for name, path in (("across", cut[0]), ("flat", flat[-1]), ("alone", alone[0]), ("inner", inner[-1])):
         list_exams(tmp_path / name)
         path.write_bytes(path.read_bytes()[:700])
         with pytest.raises(FileError, match=path.name):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import takewhile
 from typing import Any
 
 import tyro
@@ -90,10 +91,11 @@ def _run(arguments: list[str]) -> int:
 
 def _check_given_once(arguments: list[str]) -> None:
     """The parser would take the last one, and forget the others without a word."""
-    names = [name.split("=")[0].replace("_", "-") for name in arguments if name.startswith("--")]
+    options = takewhile(lambda word: word != "--", arguments)
+    names = [name.split("=")[0].replace("_", "-") for name in options if name.startswith("--")]
     for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{name} is given {names.count(name)} times; give it once, with all its values behind it")
+        if names.count(name) > 1 and name != "--help":
+            raise ConfigError(f"{name} is given {names.count(name)} times; give it once")
 
 
 def _give_up_stdout() -> None:

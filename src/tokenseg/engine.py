@@ -302,7 +302,7 @@ def _cache_path(model: Model) -> Path | None:
     facts = model.facts
     parts = [facts.weights_sha256, facts.plan.model_dump_json(), facts.network.model_dump_json(), *versions]
     # Sources too: in a checkout the network changes while the version stays.
-    sources = sorted((Path(__file__).parent / "model").glob("*.py"))
+    sources = [Path(__file__), *sorted((Path(__file__).parent / "model").glob("*.py"))]
     digest = hashlib.sha256("\n".join([*parts, *(source.read_text("utf-8") for source in sources)]).encode())
     return root / "tokenseg" / "openvino" / f"{digest.hexdigest()}.ir"
 

@@ -99,7 +99,9 @@ def case_digest(case: Case) -> str:
     """SHA-256 over the content of a case's files; empty where one cannot be read."""
     files = [DicomFile(path) for image in case.images for path in voxel_files(image)]
     if case.exam is not None:
-        files = list(dict.fromkeys(frame.file for series in case.exam.series for frame in series.frames))
+        frames = (frame for series in case.exam.series for frame in series.frames)
+        # Damaged ones too: a study that another file came to is another study.
+        files = list(dict.fromkeys([*(frame.file for frame in frames), *(each.file for each in case.exam.damaged)]))
     try:
         return file_digest(files)
     except FileError:

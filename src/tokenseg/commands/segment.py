@@ -94,7 +94,8 @@ class Segment:
     def _command(self) -> str:
         """As it was given, but for paths, which may name patients; the rest is among the manifest's options."""
         words = f"tokenseg segment INPUT OUTPUT --model MODEL --device {self.device} --engine {self.engine}"
-        return words + (f" --threads {self.threads}" if self.threads else "") + " --folds FOLD" * len(self.folds)
+        words += f" --threads {self.threads}" if self.threads else ""
+        return words + (" --folds" if self.folds else "") + " FOLD" * len(self.folds)
 
     def _print(self, results: list[CaseResult], failed: list[CaseResult]) -> None:
         for result in results:

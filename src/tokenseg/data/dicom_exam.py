@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from tokenseg.config import Plan
 from tokenseg.data.channel_names import is_ct, phase_name
-from tokenseg.data.dicom_files import Damaged, DicomFile, folders_below
+from tokenseg.data.dicom_files import Damaged, folders_below
 from tokenseg.data.dicom_grid import stack_slices
 from tokenseg.data.dicom_phases import choose_phases, split_phases
 from tokenseg.data.dicom_pixels import read_frames
@@ -57,41 +57,48 @@ class Channel(NamedTuple):
 def list_exams(root: Path, wanted: str = "") -> list[Exam]:
     """All studies below a folder, in a zip archive or in one file, by name.
 
-    A damaged file does not say what it belongs to. Where each study lies in one folder below the one that was given, as
-    patients do, those of its folder count as damaged, and the others can be read.
+    A damaged file may be a slice of any study near it. So all studies of its folder below the one that was given, the
+    patient's as a rule, count as damaged, and the others can be read. What a folder holds is told by the files in it
+    that can be read.
 
     Raises:
-        FileError: A DICOM file cannot be read, and might belong to any study.
+        FileError: A DICOM file cannot be read, in a folder where no other can, or where studies do not lie apart.
         ConfigError: pydicom is not installed.
     """
     found, damaged = list_series(root)
     studies: dict[str, list[Series]] = defaultdict(list)
     for series in found:
         studies[series.study_uid].append(series)
-    tops = {
-        uid: {_top(root, frame.file) for each in series for frame in each.frames} for uid, series in studies.items()
-    }
-    _check_apart(root, damaged, list(tops.values()))
+    near = _damaged_near(root, studies, damaged)
     names = _study_names(root, list(studies.values()))
     exams = [
-        Exam(name, tuple(series), wanted, tuple(each for each in damaged if _top(root, each.file) in tops[uid]))
+        Exam(name, tuple(series), wanted, near.get(uid, ()))
         for name, (uid, series) in zip(names, studies.items(), strict=True)
     ]
     return sorted(exams, key=lambda exam: exam.name)
 
 
-def _check_apart(root: Path, damaged: Sequence[Damaged], tops: Sequence[set[str]]) -> None:
-    """Refuse damaged files unless it is known which studies they may belong to, and others are left."""
-    held = set[str]().union(*tops)
-    apart = len(held) > 1 and "" not in held and all(len(each) == 1 for each in tops)
+def _damaged_near(
+    root: Path, studies: dict[str, list[Series]], damaged: Sequence[Damaged]
+) -> dict[str, tuple[Damaged, ...]]:
+    """The damaged files that may belong to each study, by its UID.
+
+    Raises:
+        FileError: One may belong to any.
+    """
+    folders = {uid: _folders(root, series) for uid, series in studies.items()}
+    held = set[tuple[str, ...]]().union(*folders.values())
+    depth = len(_shared(held))
+    tops = {uid: {folder[depth : depth + 1] for folder in own} for uid, own in folders.items()}
+    apart = len(set[tuple[str, ...]]().union(*tops.values())) > 1
+    apart = apart and all(len(own) == 1 and () not in own for own in tops.values())
     for file, problem in damaged:
-        if not apart or _top(root, file) not in held:
+        if not apart or folders_below(root, file) not in held:
             raise FileError(problem)
-
-
-def _top(root: Path, file: DicomFile) -> str:
-    """The folder below the root that a file is in; empty if it lies in the root itself."""
-    return next(iter(folders_below(root, file)), "")
+    return {
+        uid: tuple(each for each in damaged if folders_below(root, each.file)[depth : depth + 1] in own)
+        for uid, own in tops.items()
+    }
 
 
 def choose_channels(exam: Exam, plan: Plan) -> tuple[Channel, ...]:
@@ -248,14 +255,18 @@ def _study_names(root: Path, studies: Sequence[Sequence[Series]]) -> list[str]:
     own = root.resolve().name if root.is_dir() and not stem else stem
     if len(studies) == 1:
         return [own]
-    names = [_common_folder(root, study) for study in studies]
+    names = ["-".join(_shared(_folders(root, study))) for study in studies]
     if "" in names or len(set(names)) < len(names):
         # Not by number, which another study added later would change; and the UID may not be a name by itself.
         return [f"{own}-{hashlib.sha256(study[0].study_uid.encode()).hexdigest()[:_DIGITS]}" for study in studies]
     return names
 
 
-def _common_folder(root: Path, study: Sequence[Series]) -> str:
-    folders = {folders_below(root, frame.file) for series in study for frame in series.frames}
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
-    return "-".join(parts[0] for parts in shared)
+def _folders(root: Path, study: Sequence[Series]) -> set[tuple[str, ...]]:
+    return {folders_below(root, frame.file) for series in study for frame in series.frames}
+
+
+def _shared(folders: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """The folders that all of them begin with."""
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+    return tuple(parts[0] for parts in same)

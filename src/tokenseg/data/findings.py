@@ -137,7 +137,7 @@ def _check_case(dataset: Dataset, case: Case, facts: _Facts) -> Iterator[Finding
         else:
             facts.spacings[case.case_id] = _canonical_spacing(grid)
             yield from _affine_findings(case.case_id, path, grid.affine)
-        yield from _orientation_findings(case.case_id, path)
+            yield from _orientation_findings(case.case_id, path)
         grids.append((path, grid))
     if case.label is not None:
         yield from _label_findings(dataset, case, case.label, grids, facts)
