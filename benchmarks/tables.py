@@ -12,6 +12,7 @@ import csv
 import math
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -127,24 +128,25 @@ def reduction(column: str, baseline: str) -> str:
     return f"{100 * (1 - 1 / times):.0f} %"
 
 
-def accuracy_table(name: str) -> str:
-    """Networks after the same time on the reported fold, as `tokenseg benchmark accuracy` prints it."""
-    return printed(rows_of(f"{name}.csv"), rows_of(f"{name}_cases.csv"))
+def accuracy_table(*names: str, keep: Callable[[dict[str, str]], bool] = lambda _: True) -> str:
+    """Networks after the same time on the reported fold, as `tokenseg benchmark accuracy` prints it.
+
+    Args:
+        names: Of files; of the same training in several the last one counts.
+        keep: Which rows.
+    """
+    rows = [row for name in names for row in rows_of(f"{name}.csv") if keep(row)]
+    return printed(rows, [row for name in names for row in rows_of(f"{name}_cases.csv")])
 
 
 def amx_table() -> str:
     """Networks after the same time on the reported fold, on a CPU with AMX: the network of decision 0016, and peers."""
-    names = ("accuracy", "accuracy_0016")  # the same seed of TokenSeg is in both, and the later one counts
-    rows = [row for name in names for row in rows_of(f"{name}.csv") if row["budget"].endswith("minutes")]
-    return printed(rows, [row for name in names for row in rows_of(f"{name}_cases.csv")])
+    return accuracy_table("accuracy", "accuracy_0016", keep=lambda row: row["budget"].endswith("minutes"))
 
 
 def presets_table() -> str:
     """TokenSeg `small` and `paper` after the same time on the reported fold, the CPU without AMX."""
-    names = ("accuracy_fp32", "accuracy_paper")
-    rows = [row for name in names for row in rows_of(f"{name}.csv") if row["network"].startswith("tokenseg")]
-    cases = [row for name in names for row in rows_of(f"{name}_cases.csv") if row["network"].startswith("tokenseg")]
-    return printed(rows, cases)
+    return accuracy_table("accuracy_fp32", "accuracy_paper", keep=lambda row: row["network"].startswith("tokenseg"))
 
 
 def equal_steps_table() -> str:

@@ -46,10 +46,8 @@ def _hidden(case: Case) -> dict[str, str]:
     alias = shown_name(case.case_id, show_names=False)
     paths, members = list(case.images), set[str]()
     if case.exam is not None:
-        files = {frame.file for series in case.exam.series for frame in series.frames}
-        files |= {damaged.file for damaged in case.exam.damaged}
-        paths += [file.path for file in files]
-        members = {file.member for file in files} - {""} | {case.exam.name}
+        paths += [file.path for file in case.exam.files]
+        members = {file.member for file in case.exam.files} - {""} | {case.exam.name}
     # A name such as 1 or a would be found in any sentence, and says nothing of who it is.
     names = set() if re.fullmatch(r"[0-9]{1,3}|[a-z]{1,2}", case.case_id) else {case.case_id}
     hidden = dict.fromkeys(names | members, alias)

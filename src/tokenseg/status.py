@@ -99,9 +99,7 @@ def case_digest(case: Case) -> str:
     """SHA-256 over the content of a case's files; empty where one cannot be read."""
     files = [DicomFile(path) for image in case.images for path in voxel_files(image)]
     if case.exam is not None:
-        frames = (frame for series in case.exam.series for frame in series.frames)
-        # Damaged ones too: a study that another file came to is another study.
-        files = list(dict.fromkeys([*(frame.file for frame in frames), *(each.file for each in case.exam.damaged)]))
+        files = list(case.exam.files)  # damaged ones too: a study that another file came to is another study
     try:
         return file_digest(files)
     except FileError:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tokenseg.config import Plan
 from tokenseg.data.channel_names import is_ct, phase_name
-from tokenseg.data.dicom_files import Damaged, folders_below
+from tokenseg.data.dicom_files import Damaged, DicomFile, folders_below
 from tokenseg.data.dicom_grid import stack_slices
 from tokenseg.data.dicom_phases import choose_phases, split_phases
 from tokenseg.data.dicom_pixels import read_frames
@@ -43,6 +43,12 @@ class Exam:
     """UID of a series, or a part of its description; empty leaves the choice to the model's needs."""
     damaged: tuple[Damaged, ...] = ()
     """Files that may be slices of it, so that it cannot be read."""
+
+    @property
+    def files(self) -> tuple[DicomFile, ...]:
+        """All its files, each once, those that are damaged last."""
+        frames = (frame.file for series in self.series for frame in series.frames)
+        return tuple(dict.fromkeys([*frames, *(each.file for each in self.damaged)]))
 
 
 class Channel(NamedTuple):
@@ -69,7 +75,7 @@ def list_exams(root: Path, wanted: str = "") -> list[Exam]:
     studies: dict[str, list[Series]] = defaultdict(list)
     for series in found:
         studies[series.study_uid].append(series)
-    near = _damaged_near(root, studies, damaged)
+    near = _damaged_near(root, studies, damaged) if damaged else {}
     names = _study_names(root, list(studies.values()))
     exams = [
         Exam(name, tuple(series), wanted, near.get(uid, ()))
