@@ -16,7 +16,7 @@ import torch
 
 from tokenseg.benchmark.rows import Row, append
 from tokenseg.device import bfloat16_helps
-from tokenseg.provenance import commit
+from tokenseg.segmentation.provenance import commit
 
 COLUMNS = (
     *("date", "commit", "network", "exams", "n", "n_missed", "dice", "dice_low", "dice_high", "lesion_f1"),

@@ -23,12 +23,12 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from tokenseg.benchmark.networks import make_plan
 from tokenseg.benchmark.rows import append
-from tokenseg.checkpoint import ModelFacts, save_model
+from tokenseg.benchmark.speed.networks import make_plan
 from tokenseg.config import PRESETS, Label
 from tokenseg.model.network import TokenSeg
-from tokenseg.provenance import manifest
+from tokenseg.saved_model.checkpoint import ModelFacts, save_model
+from tokenseg.segmentation.provenance import manifest
 
 COLUMNS = (
     "date",

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from tokenseg.benchmark.rows import append
-from tokenseg.boundary import NearBoundary
-from tokenseg.checkpoint import Model, load_model
-from tokenseg.data.cases import Case, Dataset
-from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.tokens import report_tokens
+from tokenseg.datasets.cases import Case, Dataset
+from tokenseg.datasets.layouts import load_case, open_dataset
+from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.tokens.boundary import NearBoundary
+from tokenseg.tokens.report import report_tokens
 
 FIGURES = ("share", "base_rate", "enrichment", "ceiling")
 COLUMNS = ("date", "dataset", "run", "n", "radius_mm", "kept", *FIGURES)

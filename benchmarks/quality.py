@@ -23,15 +23,15 @@ from scipy.ndimage import gaussian_filter, zoom
 from scipy.stats import spearmanr
 
 from tokenseg.benchmark.rows import Row, append
-from tokenseg.checkpoint import Model, load_model
-from tokenseg.data.datasets import LabelledCase, load_case, open_dataset
-from tokenseg.data.splits import split_folds
-from tokenseg.data.suitability import check_input
-from tokenseg.predict import segment_in_slabs
+from tokenseg.datasets.layouts import LabelledCase, load_case, open_dataset
+from tokenseg.datasets.splits import split_folds
+from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.inference.temperature import calibrate
+from tokenseg.planning.suitability import check_input
 from tokenseg.progress import Silent
-from tokenseg.provenance import commit
+from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.segmentation.provenance import commit
 from tokenseg.stopwatch import Stopwatch
-from tokenseg.temperature import calibrate
 
 HERE = Path(__file__).parent
 SIGNALS = ("expected_dice", "near_boundary", "entropy")

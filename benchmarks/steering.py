@@ -27,15 +27,15 @@ import torch
 from scipy.ndimage import label
 
 from tokenseg.benchmark.rows import Row, append
-from tokenseg.checkpoint import Model, load_model
-from tokenseg.data.cases import Case, Dataset
-from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.preprocess import prepare_image, prepare_labels, rows_of
-from tokenseg.data.restore import restore_logits
-from tokenseg.provenance import commit
+from tokenseg.datasets.cases import Case, Dataset
+from tokenseg.datasets.layouts import load_case, open_dataset
+from tokenseg.inference.steering import Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
+from tokenseg.inference.windows import num_windows, pad_rows
+from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels, rows_of
+from tokenseg.plan_grid.restore import restore_logits
+from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.segmentation.provenance import commit
 from tokenseg.shapes import ImageArray
-from tokenseg.steering import Steered, cover, kept_voxels, look_coarsely, predict_full, predict_steered
-from tokenseg.windows import num_windows, pad_rows
 
 COLUMNS = (
     *("date", "commit", "dataset", "model", "threads", "case", "mode", "windows_run", "windows_full"),

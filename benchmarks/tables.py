@@ -16,9 +16,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tokenseg.benchmark.accuracy_table import accuracy_table as printed
-from tokenseg.checkpoint import load_model
-from tokenseg.model_card import figures_lines
+from tokenseg.benchmark.accuracy.table import accuracy_table as printed
+from tokenseg.saved_model.card import figures_lines
+from tokenseg.saved_model.checkpoint import load_model
 
 HERE = Path(__file__).parent
 SPEED_NAMES = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenseg.data.datasets import load_case, open_dataset
+from tokenseg.datasets.layouts import load_case, open_dataset
 
 COLUMNS = ("part", "n", "dice_stored", "dice_zscored")
 PARTS = ("train", "test", "external")

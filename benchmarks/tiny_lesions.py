@@ -20,11 +20,11 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from tokenseg.benchmark.rows import append
+from tokenseg.commands.terminal import Terminal
 from tokenseg.config import TrainOptions
 from tokenseg.device import bfloat16_helps, choose_device
-from tokenseg.provenance import commit
-from tokenseg.terminal import Terminal
-from tokenseg.train import train
+from tokenseg.segmentation.provenance import commit
+from tokenseg.training.train import train
 
 NUM_CASES, SIDE, RADIUS = 20, 96, 2.77
 COLUMNS = (

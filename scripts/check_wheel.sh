@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import tokenseg
-from tokenseg.checkpoint import ModelFacts, save_model
+from tokenseg.saved_model.checkpoint import ModelFacts, save_model
 from tokenseg.config import PRESETS, ChannelNormalisation, Label, Plan
 from tokenseg.model.network import TokenSeg
 

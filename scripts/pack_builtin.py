@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenseg.builtin import MODELS_FOLDER
-from tokenseg.checkpoint import WEIGHTS_NAME, Model, QualityFacts, load_model, save_model
 from tokenseg.config import Coding
 from tokenseg.errors import ModelError, TokenSegError
+from tokenseg.evaluation.metrics import bootstrap_interval
 from tokenseg.files import write_atomically
-from tokenseg.metrics import bootstrap_interval
-from tokenseg.model_card import CaseFigures, CrossValidation, Figure, LabelFigures, Publication
+from tokenseg.saved_model.builtin import MODELS_FOLDER
+from tokenseg.saved_model.card import CaseFigures, CrossValidation, Figure, LabelFigures, Publication
+from tokenseg.saved_model.checkpoint import WEIGHTS_NAME, Model, QualityFacts, load_model, save_model
 
 SOURCES = Path(__file__).with_name("builtin")
 MEASUREMENTS = Path(__file__).parents[1] / "benchmarks"

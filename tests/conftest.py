@@ -27,4 +27,4 @@ def _torch_computes(
     """Converting each test's model for another engine would take seconds and leave files in the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     if request.path.name != "test_engine.py":
-        monkeypatch.setattr("tokenseg.engine.is_installed", lambda: False)
+        monkeypatch.setattr("tokenseg.inference.engine.is_installed", lambda: False)

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tokenseg.checkpoint import Model, ModelFacts
 from tokenseg.config import PRESETS, NetworkConfig, Plan
 from tokenseg.model.importance import Importance
 from tokenseg.model.network import TokenRecord, TokenSegOutput
+from tokenseg.saved_model.checkpoint import Model, ModelFacts
 
 NUM_CODES = PRESETS["tiny"].codebook_size
 

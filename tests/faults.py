@@ -15,7 +15,7 @@ import json, os, pathlib, resource, signal, sys, time, traceback
 import torch
 torch.set_num_threads(1)  # threads do not outlive a fork
 import SimpleITK
-import tokenseg.report.reports, tokenseg.segment, tokenseg.train
+import tokenseg.report.reports, tokenseg.segmentation.segment, tokenseg.training.train
 from tokenseg.cli import main
 from tokenseg.training import loop
 

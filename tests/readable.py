@@ -18,20 +18,20 @@ from dicom_phantoms import write_enhanced, write_series
 from phantoms import phantom, write_json, write_msd, write_nifti, write_nnunet
 from plans import make_plan
 from test_itk import save
-from tokenseg.checkpoint import load_model
 from tokenseg.config import PRESETS, Plan, TrainConfig
-from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.inputs import input_size, list_inputs, read_input
-from tokenseg.data.preprocess import grid_shape
-from tokenseg.data.volume import Volume, read_grid, read_mask, read_volume, write_mask
+from tokenseg.datasets.inputs import input_size, list_inputs, read_input
+from tokenseg.datasets.layouts import load_case, open_dataset
 from tokenseg.errors import TokenSegError
-from tokenseg.memory import plan_memory
-from tokenseg.outputs import check_output_folder
+from tokenseg.imaging.volume import Volume, read_grid, read_mask, read_volume, write_mask
+from tokenseg.inference.memory import plan_memory
+from tokenseg.plan_grid.preprocess import grid_shape
 from tokenseg.progress import Silent
-from tokenseg.segment import segment_files
-from tokenseg.status import read_statuses
+from tokenseg.saved_model.checkpoint import load_model
+from tokenseg.segmentation.outputs import check_output_folder
+from tokenseg.segmentation.segment import segment_files
+from tokenseg.segmentation.status import read_statuses
 from tokenseg.training.cache import prepare_cases
-from tokenseg.training.journal import COLUMNS, Journal, read_journal
+from tokenseg.training.csv_log import COLUMNS, CsvLog, read_log
 from tokenseg.training.loop import build_optimizer
 from tokenseg.training.state import SavedStep, load_state, save_state
 from toy_models import as_stored, save_untrained, untrained
@@ -205,17 +205,17 @@ def status(folder: Path) -> Readable:
     return Readable(path.read_bytes(), read, text=True, forgiving=True)
 
 
-def journal(folder: Path) -> Readable:
+def csv_log(folder: Path) -> Readable:
     path = folder / "log.csv"
-    log = Journal(path)
+    log = CsvLog(path)
     for step in range(1, 5):
         log.write({name: step if name == "step" else 0.5 for name in COLUMNS})
     log.close()
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        read_journal(path)
-        Journal(path, 3).close()
+        read_log(path)
+        CsvLog(path, 3).close()
 
     return Readable(path.read_bytes(), read, text=True, forgiving=True)
 
@@ -256,7 +256,7 @@ KINDS: dict[str, Callable[[Path], Readable]] = {
     "dataset-nnunet": lambda folder: dataset(folder, "nnunet"),
     "splits": lambda folder: dataset(folder, "nnunet", "splits_final.json"),
     "status": status,
-    "log": journal,
+    "log": csv_log,
     "cache-image": lambda folder: cached(folder, "image"),
     "cache-points": lambda folder: cached(folder, "points"),
 }

@@ -16,6 +16,9 @@ SOURCES = sorted((ROOT / "src" / "tokenseg").rglob("*.py"))
 SOURCE_IDS = [str(path.relative_to(ROOT / "src")) for path in SOURCES]
 
 MAX_MODULE_LINES = 400
+MAX_WING_MODULES = 14
+GROUND = {"config", "device", "errors", "files", "processes", "progress", "shapes", "stopwatch"}
+DOORS = {"__init__", "__main__", "cli", "demo"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.save", "torch.load", "torch.hub"}
 
@@ -91,6 +94,16 @@ def test_the_pickle_check_finds_what_it_should(source: str, fault: str):
 @pytest.mark.parametrize("path", SOURCES, ids=SOURCE_IDS)
 def test_modules_are_small(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+
+
+def test_modules_lie_in_wings():
+    """A folder says what its modules are about; at the root lies the ground that all stand on, and the doors."""
+    package = ROOT / "src" / "tokenseg"
+    assert {path.stem for path in package.glob("*.py")} == GROUND | DOORS
+    wings = {path.parent for path in SOURCES} - {package}
+    crowded = {wing.name: count for wing in wings if (count := len(list(wing.glob("*.py"))) - 1) > MAX_WING_MODULES}
+    assert crowded == {}
+    assert [wing.name for wing in wings if not (wing / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("module", ["tokenseg", "tokenseg.cli"])

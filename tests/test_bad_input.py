@@ -22,13 +22,13 @@ import pytest
 
 from phantoms import change_json, phantom, write_msd, write_nifti, write_nnunet
 from plans import make_plan
-from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
 from tokenseg.config import PRESETS, build_run_config, read_overrides
-from tokenseg.data.datasets import list_dataset_images, open_dataset
+from tokenseg.datasets.layouts import list_dataset_images, open_dataset
 from tokenseg.errors import TokenSegError
-from tokenseg.privacy import shown_name
-from tokenseg.segment import segment_files
+from tokenseg.saved_model.checkpoint import load_model
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.segment import segment_files
 from toy_models import as_stored, constant, save_untrained, toy_model
 
 SMALL = (8, 9, 10)
@@ -435,8 +435,8 @@ def test_outputs_that_would_take_the_place_of_something(
     def work(*_: object, **__: object) -> None:
         pytest.fail("refused only after the work")
 
-    monkeypatch.setattr("tokenseg.checkpoint.load_model", work)
-    monkeypatch.setattr("tokenseg.evaluate.evaluate_folders", work)
+    monkeypatch.setattr("tokenseg.saved_model.checkpoint.load_model", work)
+    monkeypatch.setattr("tokenseg.evaluation.evaluate.evaluate_folders", work)
     before = contents(scored)
     inputs = {
         "tokens": [scored / "scan.nii.gz", "--model", model],

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from plans import make_plan
+from tokenseg.inference.windows import predict_logits, torch_forward
 from tokenseg.training.augment import Window
 from tokenseg.training.batches import TrainingBatches, cut_window, draw_window
 from tokenseg.training.cache import PreparedCase
-from tokenseg.windows import predict_logits, torch_forward
 
 Shape = tuple[int, int, int]
 SIZES = st.tuples(*[st.integers(1, 12)] * 3)

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from phantoms import write_msd
-from tokenseg.benchmark import accuracy, calibration
-from tokenseg.benchmark.accuracy import benchmark_accuracy
-from tokenseg.benchmark.accuracy_table import accuracy_table
-from tokenseg.benchmark.budget import AccuracyOptions, Budget
-from tokenseg.benchmark.calibration import calibrate
-from tokenseg.benchmark.pipeline import Pipeline, Trained, Training, open_pipeline, prepare
+from tokenseg.benchmark.accuracy import calibration
+from tokenseg.benchmark.accuracy import run as accuracy
+from tokenseg.benchmark.accuracy.budget import AccuracyOptions, Budget
+from tokenseg.benchmark.accuracy.calibration import calibrate
+from tokenseg.benchmark.accuracy.pipeline import Pipeline, Trained, Training, open_pipeline, prepare
+from tokenseg.benchmark.accuracy.run import benchmark_accuracy
+from tokenseg.benchmark.accuracy.table import accuracy_table
 from tokenseg.benchmark.rows import (
     CASE_COLUMNS,
     CHOICE_COLUMNS,
@@ -35,11 +36,11 @@ from tokenseg.benchmark.rows import (
 from tokenseg.cli import main
 from tokenseg.config import Label
 from tokenseg.errors import ConfigError, FileError, TrainingError
-from tokenseg.evaluate import CaseLabelRow, Evaluation, LabelSummary
-from tokenseg.metrics import Interval, LesionCounts, score_label
+from tokenseg.evaluation.evaluate import CaseLabelRow, Evaluation, LabelSummary
+from tokenseg.evaluation.metrics import Interval, LesionCounts, score_label
 from tokenseg.progress import Progress, Silent
-from tokenseg.train import TrainResult
 from tokenseg.training.loop import Fit
+from tokenseg.training.train import TrainResult
 
 # MONAI UNet cannot take this window: its deepest level is a single voxel, which instance norm refuses.
 TINY_CONFIG = """

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenseg.benchmark.bootstrap import CaseScore, case_means, mean_interval, paired_difference
+from tokenseg.benchmark.accuracy.bootstrap import CaseScore, case_means, mean_interval, paired_difference
 
 
 def scores(*entries: tuple[int, str, str, float]) -> list[CaseScore]:

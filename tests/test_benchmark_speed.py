@@ -9,23 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-import tokenseg.memory
-from tokenseg import provenance as manifest
-from tokenseg.benchmark import end_to_end, frontier, memory, speed, worker
+import tokenseg.inference.memory
+from tokenseg.benchmark import frontier
 from tokenseg.benchmark.frontier import Point, read_dice, speed_name, write_frontier
-from tokenseg.benchmark.latency import interleave, ratio, summarise
-from tokenseg.benchmark.memory import Ended, peak_mib, run_limited
-from tokenseg.benchmark.networks import NETWORKS, TOKENSEG, build_network
-from tokenseg.benchmark.passes import Setting, count, forward_pass, training_step
 from tokenseg.benchmark.rows import Row, append, read_rows
-from tokenseg.benchmark.speed_options import DEFAULT_NETWORKS, SpeedOptions
-from tokenseg.benchmark.speed_rows import COLUMNS, like, newest
-from tokenseg.benchmark.speed_table import table_text
-from tokenseg.benchmark.worker import Job, Result, do, fault_text, from_json, to_json
+from tokenseg.benchmark.speed import end_to_end, memory, worker
+from tokenseg.benchmark.speed import run as speed
+from tokenseg.benchmark.speed.latency import interleave, ratio, summarise
+from tokenseg.benchmark.speed.memory import Ended, peak_mib, run_limited
+from tokenseg.benchmark.speed.networks import NETWORKS, TOKENSEG, build_network
+from tokenseg.benchmark.speed.options import DEFAULT_NETWORKS, SpeedOptions
+from tokenseg.benchmark.speed.passes import Setting, count, forward_pass, training_step
+from tokenseg.benchmark.speed.rows import COLUMNS, like, newest
+from tokenseg.benchmark.speed.table import table_text
+from tokenseg.benchmark.speed.worker import Job, Result, do, fault_text, from_json, to_json
 from tokenseg.cli import main
 from tokenseg.errors import ConfigError, FileError
-from tokenseg.memory import available_mib
+from tokenseg.inference.memory import available_mib
 from tokenseg.model.blocks import Convolution
+from tokenseg.segmentation import provenance as manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
@@ -106,7 +108,7 @@ def test_operations_of_one_convolution_by_hand(monkeypatch):
 @needs_linux
 def test_peak_is_that_of_an_array_of_known_size():
     code = (
-        "import numpy as np\nfrom tokenseg.benchmark.memory import peak_mib\n"
+        "import numpy as np\nfrom tokenseg.benchmark.speed.memory import peak_mib\n"
         "kept = np.ones(30 * 2**20 // 8)\n"
         "print(peak_mib(lambda: np.ones(100 * 2**20 // 8).sum()))"
     )
@@ -117,14 +119,14 @@ def test_peak_is_that_of_an_array_of_known_size():
 def test_without_proc_there_is_no_figure_and_no_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_PROCESS", tmp_path)
     assert peak_mib(lambda: pytest.fail("not needed")) is None
-    monkeypatch.setattr(tokenseg.memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(tokenseg.inference.memory, "_MEMINFO", tmp_path / "meminfo")
     assert available_mib() is None
 
 
 def test_what_a_container_may_use_counts_if_it_is_less(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 2048000 kB\n")
-    monkeypatch.setattr(tokenseg.memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(tokenseg.memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(tokenseg.inference.memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(tokenseg.inference.memory, "_CGROUP", tmp_path)
     assert available_mib() == 2000
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{300 * 2**20}\n")
@@ -213,7 +215,7 @@ def test_the_compile_engine_runs_what_torch_compiles(monkeypatch):
 
 
 def test_the_openvino_engine_gets_the_network_as_it_is(monkeypatch):
-    from tokenseg import engine
+    from tokenseg.inference import engine
 
     compiled, ran = [], []
 

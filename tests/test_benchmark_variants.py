@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from plans import make_plan
-from tokenseg.benchmark.variants import VARIANTS, BottleneckTwin, RandomTokens, count_parameters, variant_network
+from tokenseg.benchmark.accuracy.variants import (
+    VARIANTS,
+    BottleneckTwin,
+    RandomTokens,
+    count_parameters,
+    variant_network,
+)
 from tokenseg.config import PRESETS, NetworkConfig
 from tokenseg.errors import ConfigError
 from tokenseg.model.network import TokenSeg, TokenSegOutput

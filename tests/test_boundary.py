@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenseg.boundary import boundary_distances_mm, near_boundary
 from tokenseg.errors import DataError
+from tokenseg.tokens.boundary import boundary_distances_mm, near_boundary
 
 # Ten cells of one voxel thickness along x; the foreground is x >= 5, so its surface is the plane x = 5.
 SLABS = np.array([[[[x, 0, 0], [x + 1, 4, 4]] for x in range(10)]], dtype=float)

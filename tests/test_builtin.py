@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-import tokenseg.builtin
+import tokenseg.saved_model.builtin
 from phantoms import phantom, write_nifti
 from plans import make_plan
-from tokenseg.builtin import builtin_names, find_model
-from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
-from tokenseg.data.volume import read_mask
 from tokenseg.errors import ModelError
+from tokenseg.imaging.volume import read_mask
+from tokenseg.saved_model.builtin import builtin_names, find_model
+from tokenseg.saved_model.checkpoint import load_model
 from toy_models import as_stored, save_untrained
 
 
@@ -24,7 +24,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         plan = as_stored(make_plan(), channels=("MRI",), source_channels=("MRI",))
         save_untrained(folder / name, plan)
     (folder / "__pycache__").mkdir()
-    monkeypatch.setattr(tokenseg.builtin, "MODELS_FOLDER", folder)
+    monkeypatch.setattr(tokenseg.saved_model.builtin, "MODELS_FOLDER", folder)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return folder
@@ -71,7 +71,7 @@ def test_a_path_is_not_a_name(models, path):
 
 
 def test_without_built_in_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenseg.builtin, "MODELS_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(tokenseg.saved_model.builtin, "MODELS_FOLDER", tmp_path / "none")
     with pytest.raises(ModelError, match=r"no built-in model \(there is none\); name"):
         find_model("organ")
 

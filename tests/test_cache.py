@@ -9,13 +9,13 @@ import pytest
 
 from phantoms import phantom, write_msd, write_nifti, write_nnunet
 from tokenseg.config import Plan
-from tokenseg.data.cases import Dataset
-from tokenseg.data.coarse import coarse_image, coarse_labels
-from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.fingerprint import take_fingerprint
-from tokenseg.data.planner import make_plan as plan_dataset
-from tokenseg.data.preprocess import prepare_image, prepare_labels
+from tokenseg.datasets.cases import Dataset
+from tokenseg.datasets.layouts import load_case, open_dataset
 from tokenseg.errors import DataError, FileError
+from tokenseg.plan_grid.coarse import coarse_image, coarse_labels
+from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels
+from tokenseg.planning.fingerprint import take_fingerprint
+from tokenseg.planning.planner import make_plan as plan_dataset
 from tokenseg.progress import Silent
 from tokenseg.training import cache
 from tokenseg.training.cache import POINTS_PER_LABEL, PreparedCase, prepare_cases

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tokenseg.case_work
+import tokenseg.segmentation.case_work
 from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
 from plans import make_plan
 from tokenseg.cli import main
-from tokenseg.data.case_table import read_case_table
-from tokenseg.data.inputs import read_input
-from tokenseg.data.volume import read_mask
+from tokenseg.datasets.case_table import read_case_table
+from tokenseg.datasets.inputs import read_input
 from tokenseg.errors import DataError, FileError
-from tokenseg.segment import segment_files
+from tokenseg.imaging.volume import read_mask
+from tokenseg.segmentation.segment import segment_files
 from toy_models import Toy, as_stored, nearest_level, save_untrained, toy_model, untrained
 
 ONE = make_plan(labels=1)
@@ -201,7 +201,7 @@ def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monke
     for number in range(3):
         write_nifti(tmp_path / "in" / f"{number}.nii.gz", phantom(number)[0][0])
     reading = [threading.Event() for _ in range(3)]
-    read = tokenseg.case_work.read_input
+    read = tokenseg.segmentation.case_work.read_input
 
     def note_reading(case, plan):
         reading[int(case.case_id)].set()
@@ -215,7 +215,7 @@ def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monke
         assert number == 2 or reading[number + 1].wait(timeout=60)
         return torch.cat([0 * images, images - 50], dim=1)
 
-    monkeypatch.setattr(tokenseg.case_work, "read_input", note_reading)
+    monkeypatch.setattr(tokenseg.segmentation.case_work, "read_input", note_reading)
     plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
     results = segment_files([toy_model(Toy(wait_for_next), plan)], tmp_path / "in", tmp_path / "out")
     assert [result.case_id for result in results] == ["0", "1", "2"]
@@ -227,7 +227,7 @@ def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monke
 def test_a_slow_writer_holds_nothing_up_but_itself(tmp_path, monkeypatch):
     for number in range(2):
         write_nifti(tmp_path / "in" / f"{number}.nii.gz", phantom(number)[0][0])
-    write, second = tokenseg.case_work.write_output, threading.Event()
+    write, second = tokenseg.segmentation.case_work.write_output, threading.Event()
 
     def slow(target, *rest):
         if target.name.startswith("0"):
@@ -241,7 +241,7 @@ def test_a_slow_writer_holds_nothing_up_but_itself(tmp_path, monkeypatch):
         return torch.cat([0 * images, images - 50], dim=1)
 
     answer.calls = 0
-    monkeypatch.setattr(tokenseg.case_work, "write_output", slow)
+    monkeypatch.setattr(tokenseg.segmentation.case_work, "write_output", slow)
     plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
     started = time.monotonic()
     results = segment_files([toy_model(Toy(answer), plan)], tmp_path / "in", tmp_path / "out")
@@ -286,7 +286,7 @@ class FullGpu(TorchDispatchMode):
 def test_moving_to_the_cpu_needs_nothing_on_a_full_gpu():
     model = untrained()
     with FullGpu():
-        moved = tokenseg.case_work._on_cpu(model)
+        moved = tokenseg.segmentation.case_work._on_cpu(model)
     images = torch.randn(1, 1, 16, 16, 16)
     with torch.inference_mode():
         assert torch.equal(moved.network(images).logits, model.network(images).logits)

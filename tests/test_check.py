@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from phantoms import change_json, phantom, write_msd, write_nifti, write_nnunet
-from tokenseg.case_picture import draw_cases
+from tokenseg.checking.findings import Finding, check_dataset, check_files
+from tokenseg.checking.mending import mend_dataset
+from tokenseg.checking.pictures import draw_cases
 from tokenseg.cli import main
-from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.findings import Finding, check_dataset, check_files
-from tokenseg.data.fingerprint import take_fingerprint
-from tokenseg.data.grids import relate_grids, resample
-from tokenseg.data.mending import mend_dataset
-from tokenseg.data.volume import Grid
+from tokenseg.datasets.layouts import load_case, open_dataset
 from tokenseg.errors import DataError, FileError
+from tokenseg.imaging.grids import relate_grids, resample
+from tokenseg.imaging.volume import Grid
+from tokenseg.planning.fingerprint import take_fingerprint
 from tokenseg.progress import Silent
 
 SMALL = (12, 13, 14)
@@ -531,7 +531,7 @@ def test_a_copy_is_whole_or_not_there(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tokenseg.data.mending._mend_case", fail)
+    monkeypatch.setattr("tokenseg.checking.mending._mend_case", fail)
     with pytest.raises(FileError, match="No space left on device; nothing was changed there"):
         mended(root, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d"]
@@ -575,7 +575,7 @@ def test_mhd_files_are_copied_whole_and_not_said_to_be_mended(tmp_path):
 
 def test_datasets_in_other_formats_are_checked_too(tmp_path):
     root = write_nnunet(tmp_path / "d", 2, shape=SMALL)
-    from tokenseg.data.volume import read_volume, write_volume
+    from tokenseg.imaging.volume import read_volume, write_volume
 
     for folder in ("imagesTr", "labelsTr"):
         for path in sorted((root / folder).iterdir()):

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from phantoms import change_json
 from plans import make_plan
-from tokenseg.checkpoint import Model, describe_model, load_model, save_model
 from tokenseg.config import PRESETS, NetworkConfig
-from tokenseg.data.suitability import InputFacts
 from tokenseg.errors import FileError, ModelError
+from tokenseg.planning.suitability import InputFacts
+from tokenseg.saved_model.checkpoint import Model, describe_model, load_model, save_model
 from toy_models import save_untrained, untrained
 
 

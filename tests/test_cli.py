@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import tokenseg
-import tokenseg.checkpoint
-import tokenseg.cohort
-import tokenseg.predict
+import tokenseg.inference.predict
+import tokenseg.saved_model.checkpoint
+import tokenseg.synthetic.datasets
 from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
 from tokenseg.cli import main
-from tokenseg.data.volume import read_mask
-from tokenseg.privacy import shown_name
-from tokenseg.terminal import Terminal
+from tokenseg.commands.terminal import Terminal
+from tokenseg.imaging.volume import read_mask
+from tokenseg.segmentation.privacy import shown_name
 from toy_models import as_stored, labels_of, save_untrained
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
@@ -149,13 +149,13 @@ def two_scans(tmp_path: Path) -> Path:
 
 def test_the_model_is_loaded_once(two_scans, model, tmp_path, monkeypatch):
     loaded = []
-    load = tokenseg.checkpoint.load_model
+    load = tokenseg.saved_model.checkpoint.load_model
 
     def counting(*arguments):
         loaded.append(arguments)
         return load(*arguments)
 
-    monkeypatch.setattr(tokenseg.checkpoint, "load_model", counting)
+    monkeypatch.setattr(tokenseg.saved_model.checkpoint, "load_model", counting)
     assert main(["segment", str(two_scans), str(tmp_path / "out"), "--model", str(model)]) == 0
     assert len(loaded) == 1
 
@@ -355,14 +355,14 @@ def test_training_needs_its_extra(dataset, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_interrupts_end_with_130_and_a_hint(dataset, model, tmp_path, capsys, monkeypatch, command, hint):
-    import tokenseg.train
+    import tokenseg.training.train
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenseg.predict, "choose_route", interrupt)
-    monkeypatch.setattr(tokenseg.train, "open_dataset", interrupt)
-    monkeypatch.setattr(tokenseg.cohort, "make_exam", interrupt)
+    monkeypatch.setattr(tokenseg.inference.predict, "choose_route", interrupt)
+    monkeypatch.setattr(tokenseg.training.train, "open_dataset", interrupt)
+    monkeypatch.setattr(tokenseg.synthetic.datasets, "make_exam", interrupt)
     if command == "cohort":
         assert main([command, str(tmp_path / "out")]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == hint
@@ -386,7 +386,7 @@ def test_a_bug_is_not_passed_off_as_a_user_error(model, monkeypatch):
     def bug(*_: object) -> None:
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(tokenseg.checkpoint, "load_model", bug)
+    monkeypatch.setattr(tokenseg.saved_model.checkpoint, "load_model", bug)
     with pytest.raises(RuntimeError, match="bug"):
         main(["info", str(model)])
 

@@ -17,16 +17,16 @@ import pytest
 from phantoms import phantom, write_nifti
 from test_docs import commands
 from tokenseg.cli import main
-from tokenseg.cluster import _Staff, hand_out, on_cluster
 from tokenseg.config import SegmentOptions
-from tokenseg.data.cases import Case
-from tokenseg.engine import EngineChoice
+from tokenseg.datasets.cases import Case
 from tokenseg.errors import TokenSegError
-from tokenseg.ledger import Ledger
-from tokenseg.outputs import CaseResult
-from tokenseg.privacy import shown_name
+from tokenseg.inference.engine import EngineChoice
 from tokenseg.progress import Silent
-from tokenseg.status import CaseStatus
+from tokenseg.segmentation.cluster import _Workers, hand_out, on_cluster
+from tokenseg.segmentation.cohort import Cohort
+from tokenseg.segmentation.outputs import CaseResult
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.status import CaseStatus
 from toy_models import save_untrained, untrained
 
 pytest.importorskip("ray")
@@ -145,11 +145,11 @@ def test_a_case_that_kills_every_worker_fails_and_says_so(place):
 def test_workers_that_cannot_start_end_the_command(place):
     script = """
 from pathlib import Path
-from tokenseg.checkpoint import load_model
-from tokenseg.cluster import _Staff, hand_out, on_cluster
-from tokenseg.engine import choose_engine
+from tokenseg.saved_model.checkpoint import load_model
+from tokenseg.segmentation.cluster import _Workers, hand_out, on_cluster
+from tokenseg.inference.engine import choose_engine
 from tokenseg.errors import TokenSegError
-from tokenseg.segment import segment_files
+from tokenseg.segmentation.segment import segment_files
 chosen = choose_engine([load_model("model")], "torch")
 try:
     segment_files(chosen.models, Path("scans"), Path("none"), compute=on_cluster([Path("gone")], chosen))
@@ -229,11 +229,11 @@ def handed_out(ray: FakeRay, names: list[str], starts: list[bool], folder: Path)
         ray.workers.append(Worker(starts=next(coming, True)))
         return ray.workers[-1]
 
-    ledger = Ledger([untrained()], cases, folder, told, SegmentOptions(show_names=True), "")
-    staff = _Staff(ray, make, told)
-    staff.start(4)
-    hand_out(ledger.left(), ledger, staff)
-    assert [result.case_id for result in ledger.results if result.mask is not None] == names
+    cohort = Cohort([untrained()], cases, folder, told, SegmentOptions(show_names=True), "")
+    workers = _Workers(ray, make, told)
+    workers.start(4)
+    hand_out(cohort.left(), cohort, workers)
+    assert [result.case_id for result in cohort.results if result.mask is not None] == names
     return sorted(str(line["case"]) for line in done(folder)), told.messages
 
 
@@ -295,6 +295,6 @@ def test_one_scan_needs_no_cluster(place, capsys):
 
 
 def test_without_the_extra_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr("tokenseg.cluster.find_spec", lambda name: None)
+    monkeypatch.setattr("tokenseg.segmentation.cluster.find_spec", lambda name: None)
     with pytest.raises(TokenSegError, match=r"pip install 'tokenseg\[cluster\]'"):
         on_cluster([], EngineChoice([], "torch", "fp32", ""))

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenseg.data.coarse import coarse_image, coarse_labels
+from tokenseg.plan_grid.coarse import coarse_image, coarse_labels
 
 SHAPES = st.tuples(*[st.integers(1, 9)] * 3)
 FACTORS = st.tuples(*[st.integers(1, 4)] * 3)

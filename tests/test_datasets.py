@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from phantoms import change_json, phantom, write_json, write_mamamia, write_msd, write_nifti, write_nnunet
-from tokenseg.data.cases import Case, Split
-from tokenseg.data.channel_names import is_ct
-from tokenseg.data.datasets import list_dataset_images, load_case, load_image, open_dataset
-from tokenseg.data.manifest import read_json
+from tokenseg.datasets.cases import Case, Split
+from tokenseg.datasets.dataset_json import read_json
+from tokenseg.datasets.layouts import list_dataset_images, load_case, load_image, open_dataset
 from tokenseg.errors import DataError, FileError, GeometryError
+from tokenseg.imaging.channel_names import is_ct
 
 SMALL = (6, 7, 8)
 

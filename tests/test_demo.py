@@ -18,7 +18,7 @@ from tokenseg.cli import main
 from tokenseg.config import CohortOptions
 from tokenseg.demo import NAMES, PARTS, DemoResult, DemoSize, demo
 from tokenseg.errors import TrainingError
-from tokenseg.training.journal import read_journal
+from tokenseg.training.csv_log import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
@@ -52,7 +52,7 @@ def test_each_network_is_scored_on_each_part(result: DemoResult, folder: Path) -
         assert row.dice.mean == pytest.approx(np.mean(expected), abs=1e-6)
         assert (row.num_exams, row.num_lesion_free) == (len(diseased), len(facts["exams"]) - len(diseased))
         assert row.train_minutes > 0
-    assert [len(read_journal(folder / network / "log.csv")) for network in NAMES] == [3, 3]
+    assert [len(read_log(folder / network / "log.csv")) for network in NAMES] == [3, 3]
 
 
 def test_unless_steps_are_given_both_networks_get_the_same_minutes(folder: Path, result: DemoResult) -> None:

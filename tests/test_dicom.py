@@ -41,10 +41,10 @@ from dicom_phantoms import (
     write_series,
 )
 from plans import make_plan
-from tokenseg.data.dicom_exam import list_exams, phase_table, read_exam
-from tokenseg.data.dicom_files import may_be_dicom
-from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError
+from tokenseg.imaging.dicom.exam import list_exams, phase_table, read_exam
+from tokenseg.imaging.dicom_files import may_be_dicom
+from tokenseg.imaging.volume import Volume
 
 
 def plan_of(channels, sources=None, *, joint=False):

@@ -18,13 +18,13 @@ from pydicom.uid import generate_uid
 
 from dicom_phantoms import NUM_SLICES, ORIENTATIONS, SIZE, write_enhanced, write_series
 from plans import make_plan
-from tokenseg.checkpoint import load_model
 from tokenseg.config import Code, Coding
-from tokenseg.data.dicom_exam import list_exams, read_exam
-from tokenseg.data.dicom_seg import Segment, read_seg, write_no_findings, write_seg
-from tokenseg.data.volume import Volume, write_mask
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
-from tokenseg.predict import segment_volume
+from tokenseg.imaging.dicom.exam import list_exams, read_exam
+from tokenseg.imaging.dicom.seg import Segment, read_seg, write_no_findings, write_seg
+from tokenseg.imaging.volume import Volume, write_mask
+from tokenseg.inference.predict import segment_volume
+from tokenseg.saved_model.checkpoint import load_model
 
 PLAN = make_plan(labels=2)
 NEOPLASM = Coding(

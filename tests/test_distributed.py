@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 
 from phantoms import write_msd
 from plans import make_plan
-from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
 from tokenseg.config import Plan
 from tokenseg.errors import ConfigError
+from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.training import launch
-from tokenseg.training.journal import read_journal
+from tokenseg.training.csv_log import read_log
 
 ROOT = Path(__file__).parents[1]
 # Blocks that are skipped at random, coarse views with their own loss, and a codebook that restarts dead codes. The rate
@@ -138,7 +138,7 @@ def by_srun(*program: str) -> list[Told]:
 
 def losses(run: Path) -> np.ndarray:
     """All parts of the loss (steps, parts)."""
-    rows = read_journal(run / "log.csv")
+    rows = read_log(run / "log.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
     return np.array([[float(row[part]) for part in PARTS] for row in rows])
 
@@ -151,7 +151,7 @@ def assert_one_training(run: Path, other: Path, steps: int) -> None:
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
     assert load_model(run).facts.training["steps"] == steps
-    dice = [float(read_journal(each / "log.csv")[-1]["val_dice"]) for each in (run, other)]
+    dice = [float(read_log(each / "log.csv")[-1]["val_dice"]) for each in (run, other)]
     assert dice[0] == pytest.approx(dice[1], abs=1e-3)
 
 
@@ -211,8 +211,8 @@ def slowly(run, network, facts):
     time.sleep(1)
     save_model(run, network, facts)
 
-import tokenseg.train
-save_model, tokenseg.train.save_model = tokenseg.train.save_model, slowly
+import tokenseg.training.train
+save_model, tokenseg.training.train.save_model = tokenseg.training.train.save_model, slowly
 breaks_down.calls = 0
 loop.training_loss = breaks_down
 sys.exit(main(sys.argv[1:]))

@@ -22,8 +22,8 @@ from test_demo import TINY
 from test_segment_dicom import DCE, write_dce
 from tokenseg.cli import COMMANDS, main
 from tokenseg.config import Plan, read_overrides
-from tokenseg.data.dicom_series import PHASE_TAGS
-from tokenseg.data.volume import read_volume, write_volume
+from tokenseg.imaging.dicom.series import PHASE_TAGS
+from tokenseg.imaging.volume import read_volume, write_volume
 from toy_models import save_untrained
 
 ROOT = Path(__file__).parents[1]

@@ -18,15 +18,15 @@ from torch import nn
 import tokenseg.device
 from phantoms import phantom, write_nifti
 from plans import THICK_SLICES, make_plan
-from tokenseg import engine
-from tokenseg.checkpoint import Model, ModelFacts, load_model, save_model
 from tokenseg.cli import main
 from tokenseg.config import PRESETS, Plan
-from tokenseg.data.volume import read_mask
-from tokenseg.engine import CACHED_MODELS, choose_engine, compile_openvino
 from tokenseg.errors import ConfigError, ModelError
+from tokenseg.imaging.volume import read_mask
+from tokenseg.inference import engine
+from tokenseg.inference.engine import CACHED_MODELS, choose_engine, compile_openvino
+from tokenseg.inference.windows import forward_of
 from tokenseg.model.network import TokenSeg
-from tokenseg.windows import forward_of
+from tokenseg.saved_model.checkpoint import Model, ModelFacts, load_model, save_model
 from toy_models import labels_of, nearest_level, save_untrained, toy_model
 
 if not engine.is_installed():
@@ -320,8 +320,8 @@ def forbid(event, arguments):
 sys.addaudithook(forbid)
 if sys.argv[1] == "tokenseg":
     import torch
-    from tokenseg.checkpoint import load_model
-    from tokenseg.engine import choose_engine
+    from tokenseg.saved_model.checkpoint import load_model
+    from tokenseg.inference.engine import choose_engine
     chosen = choose_engine([load_model(sys.argv[3])], "openvino", threads=1)
     chosen.models[0].compiled(torch.zeros(1, 1, 20, 20, 20))
     assert sys.modules.get("openvino_telemetry") is None

@@ -18,16 +18,16 @@ from dicom_phantoms import write_series
 from faults import KILLED, Server, hashes, leftovers, server_in
 from phantoms import phantom, write_msd, write_nifti
 from test_itk import save
-from tokenseg.checkpoint import load_model
 from tokenseg.config import TrainOptions
-from tokenseg.data.volume import read_mask
 from tokenseg.errors import TokenSegError
 from tokenseg.files import remove_leftovers
-from tokenseg.privacy import shown_name
+from tokenseg.imaging.volume import read_mask
 from tokenseg.progress import Silent
-from tokenseg.segment import segment_files
-from tokenseg.train import train
-from tokenseg.training.journal import read_journal
+from tokenseg.saved_model.checkpoint import load_model
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.segment import segment_files
+from tokenseg.training.csv_log import read_log
+from tokenseg.training.train import train
 from toy_models import save_untrained
 
 pytest.importorskip("monai")
@@ -182,7 +182,7 @@ def results_of(run: Path) -> dict[str, object]:
     names = ("model/weights.safetensors", "model/model.json", "config.toml", "run.json", "splits.json")
     kept = {name: (run / name).read_bytes() for name in (*names, "validation/summary.csv")}
     kept["scores"] = (run / "validation" / "scores.json").read_bytes().replace(bytes(run), b"")
-    losses = [(row["step"], row["loss"], row["val_dice"]) for row in read_journal(run / "log.csv")]
+    losses = [(row["step"], row["loss"], row["val_dice"]) for row in read_log(run / "log.csv")]
     masks = {name: digest for name, digest in hashes(run / "validation").items() if name.endswith(".nii.gz")}
     return kept | {"log": losses, "masks": masks}
 
@@ -193,7 +193,7 @@ def check_run(run: Path) -> None:
         load_model(run / "model")
     if (run / "state.safetensors").exists():
         load_file(run / "state.safetensors")
-        read_journal(run / "log.csv")
+        read_log(run / "log.csv")
     for path in run.glob("validation/*.nii.gz"):
         assert read_mask(path).array.shape == SHAPE
     for path in run.glob("*.json"):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from phantoms import change_json, phantom, write_mamamia, write_msd, write_nifti, write_nnunet
-from tokenseg.data.datasets import open_dataset
-from tokenseg.data.fingerprint import Fingerprint, take_fingerprint, voxel_digest
+from tokenseg.datasets.layouts import open_dataset
 from tokenseg.errors import DataError, GeometryError
+from tokenseg.planning.fingerprint import Fingerprint, take_fingerprint, voxel_digest
 
 SMALL = (12, 13, 14)
 

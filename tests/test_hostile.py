@@ -23,12 +23,12 @@ from readable import KINDS, PLAN, read_inputs
 from test_checkpoint import Bomb
 from test_itk import META, NRRD, save
 from tokenseg.cli import main
-from tokenseg.data.dicom_exam import list_exams
-from tokenseg.data.dicom_files import find_dicom
-from tokenseg.data.inputs import list_inputs
-from tokenseg.data.volume import read_volume
+from tokenseg.datasets.inputs import list_inputs
 from tokenseg.errors import FileError, GeometryError, TokenSegError
-from tokenseg.segment import segment_files
+from tokenseg.imaging.dicom.exam import list_exams
+from tokenseg.imaging.dicom_files import find_dicom
+from tokenseg.imaging.volume import read_volume
+from tokenseg.segmentation.segment import segment_files
 from tokenseg.training.state import load_state
 from toy_models import constant, save_untrained, toy_model, untrained
 

@@ -8,7 +8,7 @@ import pytest
 
 from phantoms import change_json, phantom, write_mamamia, write_msd, write_nifti, write_nnunet
 from tokenseg.config import ChannelNormalisation, Label, Plan
-from tokenseg.data.inputs import list_inputs, read_input
+from tokenseg.datasets.inputs import list_inputs, read_input
 from tokenseg.errors import DataError, FileError
 
 SMALL = (6, 7, 8)

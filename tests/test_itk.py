@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from tokenseg.data.formats import image_ending, image_stem, mask_ending, voxel_files
-from tokenseg.data.volume import Volume, check_same_grid, read_grid, read_mask, read_volume, write_mask
 from tokenseg.errors import ConfigError, DataError, FileError, TokenSegError
+from tokenseg.imaging.formats import image_ending, image_stem, mask_ending, voxel_files
+from tokenseg.imaging.volume import Volume, check_same_grid, read_grid, read_mask, read_volume, write_mask
 
 ENDINGS = (".nrrd", ".mha", ".mhd")
 TURN = (0.36, 0.48, -0.8, -0.8, 0.6, 0.0, 0.48, 0.64, 0.6)

@@ -87,8 +87,8 @@ def test_public_names():
 
 
 def test_public_names_are_those_of_their_modules():
-    from tokenseg.checkpoint import load_model
-    from tokenseg.predict import segment_volume
+    from tokenseg.inference.predict import segment_volume
+    from tokenseg.saved_model.checkpoint import load_model
 
     assert tokenseg.load_model is load_model
     assert tokenseg.segment_volume is segment_volume
@@ -138,7 +138,9 @@ def test_help_is_quick():
 
 
 def test_segmenting_needs_no_training_library():
-    modules = modules_after("import tokenseg.segment, tokenseg.evaluate, tokenseg.checkpoint")
+    modules = modules_after(
+        "import tokenseg.segmentation.segment, tokenseg.evaluation.evaluate, tokenseg.saved_model.checkpoint"
+    )
     assert "torch" in modules
     assert not modules & {"monai", "lightning_fabric", "lightning", "tensorboard", "onnx", "sklearn"}
 

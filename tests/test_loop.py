@@ -19,7 +19,7 @@ from tokenseg.training import loop
 from tokenseg.training.augment import Window
 from tokenseg.training.batches import Batch, TrainingBatches
 from tokenseg.training.cache import PreparedCase
-from tokenseg.training.journal import read_journal
+from tokenseg.training.csv_log import read_log
 from tokenseg.training.loop import (
     Fit,
     build_optimizer,
@@ -147,7 +147,7 @@ def test_the_rate_of_a_step_reaches_each_group(tmp_path: Path) -> None:
         fit(run, network, 2)
     rates = [learning_rate(run.config, step, 2) for step in range(2)]
     assert seen == [pytest.approx([0.2 * rate, rate]) for rate in rates]
-    assert [float(row["learning_rate"]) for row in read_journal(tmp_path / "log.csv")] == pytest.approx(rates)
+    assert [float(row["learning_rate"]) for row in read_log(tmp_path / "log.csv")] == pytest.approx(rates)
 
 
 def test_a_network_without_token_path_or_of_another_kind_has_two_groups() -> None:
@@ -176,7 +176,7 @@ def test_training_lowers_the_loss_and_finds_the_ball(tmp_path: Path) -> None:
     )
     network = tiny()
     fit(run, network, 60)
-    rows = read_journal(tmp_path / "log.csv")
+    rows = read_log(tmp_path / "log.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, 61))
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
     # Validated after 50 steps and at the end, and weights are saved each time.
@@ -192,14 +192,14 @@ def test_training_lowers_the_loss_and_finds_the_ball(tmp_path: Path) -> None:
 
 def test_the_total_is_the_weighted_sum_of_the_logged_parts(tmp_path: Path) -> None:
     fit(run_of(tmp_path), tiny(), 1)
-    row = {key: float(value) for key, value in read_journal(tmp_path / "log.csv")[0].items()}
+    row = {key: float(value) for key, value in read_log(tmp_path / "log.csv")[0].items()}
     total = row["segmentation"] + 0.5 * row["deep"] + 0.25 * row["commitment"] + 0.1 * row["score"]
     assert row["loss"] == pytest.approx(total, rel=1e-5)
 
 
 def test_other_networks_have_no_code_statistics(tmp_path: Path) -> None:
     fit(run_of(tmp_path), TokenSeg(PRESETS["tiny"].model_copy(update={"tokens": False}), PLAN), 1)
-    row = read_journal(tmp_path / "log.csv")[-1]
+    row = read_log(tmp_path / "log.csv")[-1]
     assert (row["code_perplexity"], row["code_used_fraction"]) == ("", "")
 
 
@@ -220,7 +220,7 @@ def test_a_state_saved_between_validations_is_enough_to_go_on(tmp_path: Path, mo
     resumed = deeper(seed=1)
     fit(run_of(tmp_path / "b"), resumed, 8)
     assert_same(resumed, snapshot(straight))
-    losses = [[row["loss"] for row in read_journal(tmp_path / name / "log.csv")] for name in "ab"]
+    losses = [[row["loss"] for row in read_log(tmp_path / name / "log.csv")] for name in "ab"]
     assert losses[0] == losses[1]
 
 
@@ -279,11 +279,11 @@ def test_the_last_good_weights_are_saved_when_the_loss_breaks(tmp_path: Path) ->
         fit(run, network, 20)
     assert len(saved) == 1
     assert all(bool(tensor.isfinite().all()) for tensor in saved[0].values())
-    assert len(read_journal(tmp_path / "log.csv")) == first_bad
+    assert len(read_log(tmp_path / "log.csv")) == first_bad
     # The state stands at the step that failed, which fails again.
     with pytest.raises(TrainingError, match="the last good weights are kept"):
         fit(run_of(tmp_path, cases), tiny(seed=1), 20)
-    assert len(read_journal(tmp_path / "log.csv")) == first_bad
+    assert len(read_log(tmp_path / "log.csv")) == first_bad
 
 
 def test_timing_leaves_the_network_alone(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from plans import make_plan
 from tokenseg.config import PRESETS, TrainConfig
-from tokenseg.losses import (
+from tokenseg.model.importance import Importance
+from tokenseg.model.network import TokenRecord, TokenSeg, TokenSegOutput
+from tokenseg.training.losses import (
     cell_foreground,
     coarse_targets,
     one_hot,
@@ -21,8 +23,6 @@ from tokenseg.losses import (
     segmentation_loss,
     training_loss,
 )
-from tokenseg.model.importance import Importance
-from tokenseg.model.network import TokenRecord, TokenSeg, TokenSegOutput
 
 LN2 = math.log(2)
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from phantoms import write_nifti
 from plans import make_plan
 from tokenseg.config import PRESETS, Plan, SegmentOptions
-from tokenseg.data.inputs import InputSize
-from tokenseg.data.volume import Volume
+from tokenseg.datasets.inputs import InputSize
 from tokenseg.errors import ConfigError
-from tokenseg.memory import MAX_SLABS, parse_memory, plan_memory
-from tokenseg.predict import segment_in_slabs, segment_volume
-from tokenseg.segment import segment_files
+from tokenseg.imaging.volume import Volume
+from tokenseg.inference.memory import MAX_SLABS, parse_memory, plan_memory
+from tokenseg.inference.predict import segment_in_slabs, segment_volume
+from tokenseg.segmentation.segment import segment_files
 from tokenseg.stopwatch import Stopwatch
 from toy_models import as_stored, mixing, save_untrained, toy_model, untrained
 

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from tokenseg.errors import ConfigError, GeometryError
-from tokenseg.metrics import (
+from tokenseg.evaluation.metrics import (
     CaseLabelScore,
     LesionCounts,
     bootstrap_interval,

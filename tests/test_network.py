@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from plans import THICK_SLICES, make_plan
 from tokenseg.config import PRESETS, NetworkConfig, Plan, TrainConfig
-from tokenseg.losses import training_loss
 from tokenseg.model.network import TokenRecord, TokenSeg
+from tokenseg.training.losses import training_loss
 
 TINY = PRESETS["tiny"]
 WITHOUT_CODES = TINY.model_copy(update={"quantizer": "none"})

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from phantoms import change_json, write_msd
-from tokenseg.builtin import MODELS_FOLDER
-from tokenseg.checkpoint import describe_model, load_model
 from tokenseg.config import TrainOptions
-from tokenseg.data.inputs import list_inputs, read_input
+from tokenseg.datasets.inputs import list_inputs, read_input
 from tokenseg.errors import ModelError
-from tokenseg.metrics import bootstrap_interval
-from tokenseg.predict import segment_volume
-from tokenseg.train import train
+from tokenseg.evaluation.metrics import bootstrap_interval
+from tokenseg.inference.predict import segment_volume
+from tokenseg.saved_model.builtin import MODELS_FOLDER
+from tokenseg.saved_model.checkpoint import describe_model, load_model
+from tokenseg.training.train import train
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pack_builtin.py"
 

@@ -7,10 +7,10 @@ import torch
 
 from plans import make_plan
 from tokenseg.config import PRESETS, NetworkConfig, PresetName, TrainConfig
-from tokenseg.losses import training_loss
 from tokenseg.model.blocks import space_to_depth
 from tokenseg.model.network import TokenSeg
 from tokenseg.model.quantizer import FiniteScalarQuantizer, VectorQuantizer
+from tokenseg.training.losses import training_loss
 
 
 def size_of(config: NetworkConfig) -> tuple[int, int]:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from plans import make_plan
-from tokenseg.checkpoint import ModelFacts, load_model, save_model
+from tokenseg.benchmark.peers import PEERS, Peer, make_peer, monai_unet
 from tokenseg.config import PRESETS
 from tokenseg.errors import ConfigError, ModelError
-from tokenseg.peers import PEERS, Peer, make_peer, monai_unet
+from tokenseg.saved_model.checkpoint import ModelFacts, load_model, save_model
 
 SMALL = PRESETS["tiny"]
 

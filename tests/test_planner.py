@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from phantoms import write_mamamia, write_msd, write_nnunet
 from tokenseg.config import Label, Plan
-from tokenseg.data.cases import Dataset
-from tokenseg.data.datasets import open_dataset
-from tokenseg.data.fingerprint import CaseFingerprint, Fingerprint, Intensities, take_fingerprint
-from tokenseg.data.planner import make_plan
+from tokenseg.datasets.cases import Dataset
+from tokenseg.datasets.layouts import open_dataset
+from tokenseg.planning.fingerprint import CaseFingerprint, Fingerprint, Intensities, take_fingerprint
+from tokenseg.planning.planner import make_plan
 
 PLANNED = {"spacing_mm", "window_vox", "whole_limit_vox", "strides", "grid", "batch_size", "steps", "normalisation"}
 Triple = tuple[int, int, int]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from tokenseg.config import ChannelNormalisation, Label, Plan
-from tokenseg.data.intensities import select_channels
-from tokenseg.data.preprocess import GridRecord, prepare_image, prepare_labels
-from tokenseg.data.restore import restore_labels, restore_logits
-from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask, read_volume
 from tokenseg.errors import DataError, GeometryError
+from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask, read_volume
+from tokenseg.plan_grid.intensities import select_channels
+from tokenseg.plan_grid.preprocess import GridRecord, prepare_image, prepare_labels
+from tokenseg.plan_grid.restore import restore_labels, restore_logits
 
 ZSCORE = ChannelNormalisation(kind="zscore")
 # Leaves intensities as they are.

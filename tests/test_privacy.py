@@ -13,13 +13,13 @@ import pytest
 import tokenseg
 from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
-from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
 from tokenseg.config import SegmentOptions
-from tokenseg.data.cases import Case
-from tokenseg.data.volume import read_mask
-from tokenseg.privacy import shown_name, without_names
-from tokenseg.segment import segment_files
+from tokenseg.datasets.cases import Case
+from tokenseg.imaging.volume import read_mask
+from tokenseg.saved_model.checkpoint import load_model
+from tokenseg.segmentation.privacy import shown_name, without_names
+from tokenseg.segmentation.segment import segment_files
 from toy_models import save_untrained
 
 NAME = "DOE_JANE"

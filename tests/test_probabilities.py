@@ -14,12 +14,12 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from phantoms import phantom, write_nifti
 from plans import make_plan
-from tokenseg.checkpoint import QualityFacts
 from tokenseg.cli import main
 from tokenseg.config import Plan
-from tokenseg.data.preprocess import prepare_image
-from tokenseg.data.volume import Volume, read_mask
-from tokenseg.predict import segment_in_slabs
+from tokenseg.imaging.volume import Volume, read_mask
+from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.plan_grid.preprocess import prepare_image
+from tokenseg.saved_model.checkpoint import QualityFacts
 from tokenseg.stopwatch import Stopwatch
 from toy_models import above_level, as_stored, mixing, nearest_level, save_untrained, toy_model, untrained
 
@@ -175,7 +175,7 @@ def test_interrupted_between_computing_and_writing_they_stay_with_their_mask(tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tokenseg.segment.write_case", killed)
+        patched.setattr("tokenseg.segmentation.segment.write_case", killed)
         assert segment(tmp_path / "in", out, "--model", other, "--probabilities") == 130
     agrees_with_masks(out, numbers)
     assert segment(tmp_path / "in", out, "--model", one, "--probabilities") == 0

@@ -11,16 +11,16 @@ import torch
 
 from phantoms import write_nifti
 from plans import make_plan
-from tokenseg.checkpoint import ModelFacts, QualityFacts
 from tokenseg.config import PRESETS, SegmentOptions
-from tokenseg.data.preprocess import prepare_image
-from tokenseg.data.restore import slabs_of
-from tokenseg.data.volume import Volume
-from tokenseg.predict import segment_in_slabs
-from tokenseg.quality import CaseQuality, QualityMeter
-from tokenseg.segment import segment_files
+from tokenseg.imaging.volume import Volume
+from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.inference.quality import CaseQuality, QualityMeter
+from tokenseg.inference.temperature import calibration_error, cross_fitted_error, fit_temperature, joined, sample_voxels
+from tokenseg.plan_grid.preprocess import prepare_image
+from tokenseg.plan_grid.restore import slabs_of
+from tokenseg.saved_model.checkpoint import ModelFacts, QualityFacts
+from tokenseg.segmentation.segment import segment_files
 from tokenseg.stopwatch import Stopwatch
-from tokenseg.temperature import calibration_error, cross_fitted_error, fit_temperature, joined, sample_voxels
 from toy_models import Toy, as_stored, mixing, toy_model
 
 SHAPE = (8, 10, 12)

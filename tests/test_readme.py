@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 
 from phantoms import write_msd
 from tokenseg.benchmark.frontier import read_dice
-from tokenseg.checkpoint import load_model
 from tokenseg.cli import main
+from tokenseg.saved_model.checkpoint import load_model
 
 ROOT = Path(__file__).parents[1]
 NEAR = ("share", "base_rate", "ceiling")

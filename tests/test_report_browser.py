@@ -13,9 +13,9 @@ import pytest
 from browser import launched_chromium, opened
 from test_report_page import EVIL
 from tokenseg.config import Label
-from tokenseg.data.datasets import open_dataset
-from tokenseg.data.orientation import to_canonical
-from tokenseg.evaluate import evaluate_folders
+from tokenseg.datasets.layouts import open_dataset
+from tokenseg.evaluation.evaluate import evaluate_folders
+from tokenseg.imaging.orientation import to_canonical
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html
 from tokenseg.report.page import NOTICE, write_page

@@ -12,11 +12,10 @@ from phantoms import write_msd, write_nifti
 from plans import make_plan
 from test_report_page import EVIL, Outline
 from tokenseg.config import PRESETS, Label
-from tokenseg.data.cases import Case
-from tokenseg.data.datasets import open_dataset
-from tokenseg.evaluate import Evaluation, evaluate_folders
-from tokenseg.outputs import CaseResult
-from tokenseg.quality import CaseQuality
+from tokenseg.datasets.cases import Case
+from tokenseg.datasets.layouts import open_dataset
+from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
+from tokenseg.inference.quality import CaseQuality
 from tokenseg.report.reports import (
     evaluation_report,
     segmentation_report,
@@ -25,6 +24,7 @@ from tokenseg.report.reports import (
     train_report,
 )
 from tokenseg.report.scores import case_table, evaluation_lead, evaluation_section, summary_table
+from tokenseg.segmentation.outputs import CaseResult
 from toy_models import untrained
 
 SHAPE = (12, 10, 8)
@@ -176,9 +176,9 @@ def test_train_report_has_all_sections(dataset, tmp_path):
     model = untrained(make_plan(window_vox=(16, 16, 16), grid=(2, 2, 2)))
     tokens = tokens_of_selected(model, evaluation, opened)
     assert [report.case_id for report in tokens] == ["case_001", "case_002", "case_000"]
-    journal = [{"step": "1", "loss": "2.5"}, {"step": "2", "loss": "1.5"}]
+    log = [{"step": "1", "loss": "2.5"}, {"step": "2", "loss": "1.5"}]
     path = tmp_path / "report.html"
-    train_report(path, evaluation, opened, journal, {"seed": EVIL}, "2026-01-02", tokens=tokens)
+    train_report(path, evaluation, opened, log, {"seed": EVIL}, "2026-01-02", tokens=tokens)
     outline = Outline(path.read_text(encoding="utf-8"))
     assert [each.get("id") for each in outline.attributes("section")] == ["cases", "scores", "tokens", "curves", "run"]
     assert "Training on data" in outline.texts

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 from phantoms import write_msd, write_nifti
 from plans import make_plan
-from tokenseg.case_tokens import CaseTokens
 from tokenseg.config import Label
-from tokenseg.data.cases import Case
-from tokenseg.data.datasets import open_dataset
-from tokenseg.data.orientation import to_canonical
-from tokenseg.data.preprocess import GridRecord
-from tokenseg.evaluate import Evaluation, evaluate_folders
-from tokenseg.outputs import CaseResult
-from tokenseg.quality import CaseQuality
+from tokenseg.datasets.cases import Case
+from tokenseg.datasets.layouts import open_dataset
+from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
+from tokenseg.imaging.orientation import to_canonical
+from tokenseg.inference.quality import CaseQuality
+from tokenseg.plan_grid.preprocess import GridRecord
 from tokenseg.report.cases import evaluation_views, segmentation_views, select_cases, token_boxes
 from tokenseg.report.viewer import CaseView, TokenBoxes, pack_case, viewer_section
+from tokenseg.segmentation.outputs import CaseResult
+from tokenseg.tokens.case import CaseTokens
 
 ONE = Label(name="tumour", values=(1,), output_value=1)
 SHAPE = (12, 10, 8)

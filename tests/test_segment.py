@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-import tokenseg.predict
+import tokenseg.inference.predict
 from phantoms import phantom, write_mamamia, write_msd, write_nifti, write_nnunet
 from plans import make_plan
-from tokenseg.checkpoint import Model
 from tokenseg.cli import main
 from tokenseg.config import Plan, SegmentOptions
-from tokenseg.data.inputs import list_inputs
-from tokenseg.data.volume import Volume, read_mask, read_volume
+from tokenseg.datasets.inputs import list_inputs
 from tokenseg.errors import ConfigError, DataError, FileError, ModelError, TokenSegError
-from tokenseg.predict import segment_volume
-from tokenseg.privacy import shown_name
-from tokenseg.segment import segment_files
+from tokenseg.imaging.volume import Volume, read_mask, read_volume
+from tokenseg.inference.predict import segment_volume
+from tokenseg.saved_model.checkpoint import Model
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.segment import segment_files
 from toy_models import (
     Toy,
     above_level,
@@ -501,7 +501,7 @@ def test_what_goes_wrong_outside_a_case_is_not_hidden(toy, tmp_path, monkeypatch
     def bug(*_: object, **__: object) -> None:
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(tokenseg.predict, "choose_route", bug)
+    monkeypatch.setattr(tokenseg.inference.predict, "choose_route", bug)
     with pytest.raises(RuntimeError, match="bug"):
         segment_files([toy], write_scans(tmp_path / "in", 1), tmp_path / "out")
 

@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 from phantoms import write_nifti
-from tokenseg.builtin import MODELS_FOLDER, builtin_names
-from tokenseg.checkpoint import describe_model, load_model
 from tokenseg.cli import main
-from tokenseg.data.volume import read_mask, read_volume
-from tokenseg.metrics import dice
-from tokenseg.predict import segment_volume
+from tokenseg.evaluation.metrics import dice
+from tokenseg.imaging.volume import read_mask, read_volume
+from tokenseg.inference.predict import segment_volume
+from tokenseg.saved_model.builtin import MODELS_FOLDER, builtin_names
+from tokenseg.saved_model.checkpoint import describe_model, load_model
 
 HIPPOCAMPUS = MODELS_FOLDER / "hippocampus"
 

@@ -8,9 +8,9 @@ import pytest
 from sklearn.model_selection import KFold
 
 from tokenseg.config import Label
-from tokenseg.data.cases import Case, Dataset, Split
-from tokenseg.data.datasets import open_dataset
-from tokenseg.data.splits import split_folds
+from tokenseg.datasets.cases import Case, Dataset, Split
+from tokenseg.datasets.layouts import open_dataset
+from tokenseg.datasets.splits import split_folds
 from tokenseg.errors import DataError
 
 

@@ -13,9 +13,9 @@ from torch.optim import AdamW
 from plans import make_plan
 from tokenseg.config import PRESETS, TrainConfig
 from tokenseg.errors import FileError
-from tokenseg.losses import training_loss
 from tokenseg.model.network import TokenSeg
 from tokenseg.training.loop import build_optimizer
+from tokenseg.training.losses import training_loss
 from tokenseg.training.state import SavedStep, load_state, save_state
 
 CONFIG = TrainConfig()

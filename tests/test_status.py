@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-import tokenseg.segment
+import tokenseg.segmentation.segment
 from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
-from tokenseg.checkpoint import Model, load_model
 from tokenseg.cli import main
 from tokenseg.config import SegmentOptions
-from tokenseg.data.cases import Case
-from tokenseg.data.volume import read_mask
+from tokenseg.datasets.cases import Case
 from tokenseg.errors import ConfigError, FileError
-from tokenseg.privacy import shown_name
-from tokenseg.segment import segment_files
-from tokenseg.status import CaseStatus, append_status, case_digest, read_statuses
+from tokenseg.imaging.volume import read_mask
+from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.segment import segment_files
+from tokenseg.segmentation.status import CaseStatus, append_status, case_digest, read_statuses
 from toy_models import save_untrained, untrained
 
 
@@ -28,13 +28,13 @@ from toy_models import save_untrained, untrained
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Cases that were computed."""
     names: list[str] = []
-    compute = tokenseg.segment.compute_mask
+    compute = tokenseg.segmentation.segment.compute_mask
 
     def count(work, *rest):
         names.append(work.case.case_id)
         compute(work, *rest)
 
-    monkeypatch.setattr(tokenseg.segment, "compute_mask", count)
+    monkeypatch.setattr(tokenseg.segmentation.segment, "compute_mask", count)
     return names
 
 

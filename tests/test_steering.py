@@ -12,15 +12,11 @@ from hypothesis import strategies as st
 
 from phantoms import write_nifti
 from plans import make_plan
-from tokenseg.checkpoint import Model
 from tokenseg.config import Plan, SegmentOptions
-from tokenseg.data.coarse import coarse_image
-from tokenseg.data.preprocess import rows_of
-from tokenseg.data.volume import Volume
 from tokenseg.errors import ConfigError
-from tokenseg.predict import segment_volume
-from tokenseg.segment import segment_files
-from tokenseg.steering import (
+from tokenseg.imaging.volume import Volume
+from tokenseg.inference.predict import segment_volume
+from tokenseg.inference.steering import (
     cover,
     fine_share,
     foreground_probability,
@@ -30,7 +26,11 @@ from tokenseg.steering import (
     predict_steered,
     ramps_of,
 )
-from tokenseg.windows import forward_of, predict_logits, window_corners
+from tokenseg.inference.windows import forward_of, predict_logits, window_corners
+from tokenseg.plan_grid.coarse import coarse_image
+from tokenseg.plan_grid.preprocess import rows_of
+from tokenseg.saved_model.checkpoint import Model
+from tokenseg.segmentation.segment import segment_files
 from toy_models import Toy, above_level, as_stored, constant, toy_model
 
 WINDOW, FACTOR, NUM_FULL = (32, 32, 32), (4, 4, 2), 5 * 4 * 3

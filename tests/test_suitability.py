@@ -8,15 +8,15 @@ import pytest
 
 from phantoms import write_mamamia, write_msd, write_nifti
 from plans import make_plan
-from tokenseg.checkpoint import load_model, save_model
+from tokenseg.checking.findings import check_files
 from tokenseg.cli import main
-from tokenseg.data.datasets import load_case, open_dataset
-from tokenseg.data.findings import check_files
-from tokenseg.data.fingerprint import Fingerprint, take_fingerprint
-from tokenseg.data.suitability import ChannelRange, InputFacts, check_input, describe_inputs, summarise_inputs
-from tokenseg.data.volume import Volume, read_volume
-from tokenseg.privacy import shown_name
-from tokenseg.segment import segment_files
+from tokenseg.datasets.layouts import load_case, open_dataset
+from tokenseg.imaging.volume import Volume, read_volume
+from tokenseg.planning.fingerprint import Fingerprint, take_fingerprint
+from tokenseg.planning.suitability import ChannelRange, InputFacts, check_input, describe_inputs, summarise_inputs
+from tokenseg.saved_model.checkpoint import load_model, save_model
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.segment import segment_files
 from toy_models import as_stored, untrained
 
 MR = ChannelRange(name="MRI", minimum=(0, 3), negative_share=(0, 0))

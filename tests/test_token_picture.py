@@ -9,10 +9,10 @@ import torch
 
 from fake_tokens import box_sums_model
 from plans import make_plan
-from tokenseg.data.volume import Mask, Volume
 from tokenseg.errors import ConfigError, FileError
-from tokenseg.token_picture import _draw, check_can_draw, draw_tokens, write_picture
-from tokenseg.tokens import TokenReport, report_tokens
+from tokenseg.imaging.volume import Mask, Volume
+from tokenseg.tokens.picture import _draw, check_can_draw, draw_tokens, write_picture
+from tokenseg.tokens.report import TokenReport, report_tokens
 from toy_models import as_stored, untrained
 
 ORANGE, BLUE, GREEN, PINK = "1/2", "1/4", "1/8", "1/16"

@@ -14,18 +14,18 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from fake_tokens import NUM_CODES, box_sums_model
 from phantoms import phantom, write_nifti
 from plans import make_plan
-from tokenseg.boundary import boundary_distances_mm
-from tokenseg.case_tokens import find_tokens
 from tokenseg.config import PRESETS, Plan
-from tokenseg.data.orientation import turn_to_ras
-from tokenseg.data.preprocess import prepare_image, prepare_labels, rows_of, whole_image
-from tokenseg.data.volume import Mask, Volume, read_mask, read_volume
 from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, ModelError
-from tokenseg.losses import cell_foreground
-from tokenseg.predict import segment_volume
-from tokenseg.tokens import RADII_MM, describe_tokens, report_tokens, tokens_of_case, write_json
-from tokenseg.windows import pad_rows
+from tokenseg.imaging.orientation import turn_to_ras
+from tokenseg.imaging.volume import Mask, Volume, read_mask, read_volume
+from tokenseg.inference.predict import segment_volume
+from tokenseg.inference.windows import pad_rows
+from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels, rows_of, whole_image
+from tokenseg.tokens.boundary import boundary_distances_mm
+from tokenseg.tokens.case import find_tokens
+from tokenseg.tokens.report import RADII_MM, describe_tokens, report_tokens, tokens_of_case, write_json
+from tokenseg.training.losses import cell_foreground
 from toy_models import Toy, as_stored, toy_model, untrained
 
 ROTATIONS = {

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from golden.regenerate import COLUMNS, CURVE, NUM_STEPS, train_shortly
 from phantoms import phantom, write_json, write_mamamia, write_msd, write_nifti, write_nnunet
-from tokenseg.checkpoint import load_model
 from tokenseg.config import NetworkConfig, Plan, TrainConfig, TrainOptions
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError, TrainingError
 from tokenseg.model.network import TokenSeg, TokenSegOutput
 from tokenseg.progress import Silent
-from tokenseg.train import train
+from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.training import loop
-from tokenseg.training.journal import read_journal
+from tokenseg.training.csv_log import read_log
+from tokenseg.training.train import train
 
 SHAPE = (20, 20, 16)
 OPTIONS = TrainOptions(preset="tiny", max_steps=6, device="cpu", threads=1)
@@ -98,7 +98,7 @@ def interrupted(dataset: Path, run: Path, options: TrainOptions, stage: str, aft
 
 
 def losses(run: Path) -> list[str]:
-    return [row["loss"] for row in read_journal(run / "log.csv")]
+    return [row["loss"] for row in read_log(run / "log.csv")]
 
 
 def weights(run: Path) -> bytes:
@@ -128,7 +128,7 @@ def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
     assert {key: facts[key] for key in ("dataset", "preset", "fold", "seed", "total_steps", "threads")} == {
         "dataset": "Phantom", "preset": "tiny", "fold": 0, "seed": 0, "total_steps": 12, "threads": 1,
     }  # fmt: skip
-    assert [int(row["step"]) for row in read_journal(straight / "log.csv")] == list(range(1, 13))
+    assert [int(row["step"]) for row in read_log(straight / "log.csv")] == list(range(1, 13))
 
 
 def test_no_file_of_a_run_is_a_pickle(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ import sys, time
 from pathlib import Path
 from tokenseg.config import TrainOptions
 from tokenseg.progress import Silent
-from tokenseg.train import train
+from tokenseg.training.train import train
 from tokenseg.training import loop
 
 class Slow(Silent):
@@ -384,10 +384,10 @@ def test_what_was_asked_for_first_counts_on_resuming(dataset: Path, options: Tra
 def test_a_finished_run_is_extended_and_never_shortened(dataset: Path, options: TrainOptions, tmp_path: Path) -> None:
     run, told = tmp_path / "run", Told()
     train(dataset, run, replace(options, max_steps=4))
-    before = read_journal(run / "log.csv")
+    before = read_log(run / "log.csv")
     assert train(dataset, run, replace(options, resume=True, max_steps=7), told).steps == 7
     assert "extended from 4 to 7 steps; the learning rate follows the longer schedule" in told.messages
-    after = read_journal(run / "log.csv")
+    after = read_log(run / "log.csv")
     assert after[:4] == before
     expected = [loop.learning_rate(TrainConfig(), step, 7) for step in (4, 5, 6)]
     assert [float(row["learning_rate"]) for row in after[4:]] == pytest.approx(expected)
@@ -419,12 +419,12 @@ def test_minutes_become_steps_once(
     run, told = tmp_path / "run", Told("training", 2)
     options = replace(options, max_steps=None, max_minutes=0.1)
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("tokenseg.train.measure_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("tokenseg.training.train.measure_step_seconds", lambda *_: 1.0)
     with pytest.raises(KeyboardInterrupt):
         train(dataset, run, options, told)
     assert told.messages[-1] == "1.000 s a step: 6 steps in 0.1 minutes"
     assert json.loads((run / "run.json").read_text())["total_steps"] == 6
-    monkeypatch.setattr("tokenseg.train.measure_step_seconds", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr("tokenseg.training.train.measure_step_seconds", lambda *_: pytest.fail("timed again"))
     assert train(dataset, run, replace(options, resume=True)).steps == 6
     facts = json.loads((run / "run.json").read_text())
     assert (facts["total_steps"], facts["max_minutes"], facts["preset"]) == (6, 0.1, "tiny")
@@ -440,10 +440,10 @@ def test_a_run_killed_while_timing_is_timed_again(
         raise KeyboardInterrupt
 
     options = replace(options, max_steps=None, max_minutes=0.05)
-    monkeypatch.setattr("tokenseg.train.measure_step_seconds", killed)
+    monkeypatch.setattr("tokenseg.training.train.measure_step_seconds", killed)
     with pytest.raises(KeyboardInterrupt):
         train(dataset, tmp_path / "run", options)
-    monkeypatch.setattr("tokenseg.train.measure_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("tokenseg.training.train.measure_step_seconds", lambda *_: 1.0)
     assert train(dataset, tmp_path / "run", RESUME).steps == 3
 
 
@@ -603,7 +603,7 @@ def test_an_edited_config_is_honoured_when_passed_back(dataset: Path, straight: 
     train(dataset, tmp_path / "run", replace(OPTIONS, config=edited, max_steps=2), make_network=make)
     assert made[0].sizes == {(2, 1, 12, 20, 16)}
     # Warm-up over 0.1 steps: step 0 has 1 / 1.1 of the peak.
-    assert float(read_journal(tmp_path / "run" / "log.csv")[0]["learning_rate"]) == pytest.approx(0.01 / 1.1)
+    assert float(read_log(tmp_path / "run" / "log.csv")[0]["learning_rate"]) == pytest.approx(0.01 / 1.1)
     values["plan"]["window_vox"], values["train"]["learning_rate"] = [12, 20, 16], 0.01
     assert tomllib.loads((tmp_path / "run" / "config.toml").read_text()) == values
     assert load_model(tmp_path / "run").facts.plan.window_vox == (12, 20, 16)
@@ -749,7 +749,7 @@ import json, os, sys
 from pathlib import Path
 from tokenseg.config import TrainOptions
 from tokenseg.progress import Silent
-from tokenseg.train import train
+from tokenseg.training.train import train
 
 dataset, runs, config = map(Path, sys.argv[1:])
 said, rank = [], os.environ["RANK"]
@@ -788,7 +788,7 @@ def test_two_processes_train_one_run(dataset: Path, config: Path, tmp_path: Path
         steps = first["steps"]
         assert (second["steps"], first["n"], second["n"]) == (steps, 1, 1)
         assert steps == 3 if name == "steps" else steps >= 1
-        assert [int(row["step"]) for row in read_journal(tmp_path / name / "log.csv")] == list(range(1, steps + 1))
+        assert [int(row["step"]) for row in read_log(tmp_path / name / "log.csv")] == list(range(1, steps + 1))
         assert tensors_are_finite(tmp_path / name / "model" / "weights.safetensors")
         assert load_model(tmp_path / name).facts.training["steps"] == steps
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenseg.data.formats import image_ending, image_stem
-from tokenseg.data.volume import (
+from tokenseg.errors import DataError, FileError, GeometryError
+from tokenseg.imaging.formats import image_ending, image_stem
+from tokenseg.imaging.volume import (
     Mask,
     Volume,
     check_same_grid,
@@ -27,7 +28,6 @@ from tokenseg.data.volume import (
     write_mask,
     write_volume,
 )
-from tokenseg.errors import DataError, FileError, GeometryError
 
 OBLIQUE = nib.affines.from_matvec(
     nib.eulerangles.euler2mat(0.3, -0.2, 0.5) @ np.diag([-0.7, 1.2, 5.0]), [12.5, -80.25, 33.0]

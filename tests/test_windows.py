@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from plans import make_plan
 from tokenseg.config import Plan
-from tokenseg.data.preprocess import rows_of
-from tokenseg.windows import (
+from tokenseg.inference.windows import (
     full_rows,
     num_windows,
     pad_rows,
@@ -24,6 +23,7 @@ from tokenseg.windows import (
     window_starts,
     window_weight,
 )
+from tokenseg.plan_grid.preprocess import rows_of
 from toy_models import Toy, as_stored, mixing, nearest_level
 
 CPU = torch.device("cpu")

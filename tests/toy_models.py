@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from plans import make_plan
-from tokenseg.checkpoint import Model, ModelFacts, save_model
 from tokenseg.config import PRESETS, ChannelNormalisation, Label, NetworkConfig, Plan
 from tokenseg.model.network import TokenSeg, TokenSegOutput
+from tokenseg.saved_model.checkpoint import Model, ModelFacts, save_model
 
 AS_STORED = ChannelNormalisation(kind="window", low=-1e6, high=1e6, mean=0, std=1)
 

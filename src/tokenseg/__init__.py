@@ -14,26 +14,26 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenseg.checkpoint import Model, load_model
-    from tokenseg.data.volume import Volume, read_volume, write_mask
     from tokenseg.errors import TokenSegError
+    from tokenseg.imaging.volume import Volume, read_volume, write_mask
+    from tokenseg.inference.predict import segment_volume
     from tokenseg.model.network import TokenSeg, TokenSegOutput
-    from tokenseg.predict import segment_volume
+    from tokenseg.saved_model.checkpoint import Model, load_model
 
 __version__ = version("tokenseg")
 NOTICE = "Research software: not a medical device."
 """Stands wherever a user sees results."""
 
 _HOME = {
-    "Model": "tokenseg.checkpoint",
+    "Model": "tokenseg.saved_model.checkpoint",
     "TokenSeg": "tokenseg.model.network",
     "TokenSegError": "tokenseg.errors",
     "TokenSegOutput": "tokenseg.model.network",
-    "Volume": "tokenseg.data.volume",
-    "load_model": "tokenseg.checkpoint",
-    "read_volume": "tokenseg.data.volume",
-    "segment_volume": "tokenseg.predict",
-    "write_mask": "tokenseg.data.volume",
+    "Volume": "tokenseg.imaging.volume",
+    "load_model": "tokenseg.saved_model.checkpoint",
+    "read_volume": "tokenseg.imaging.volume",
+    "segment_volume": "tokenseg.inference.predict",
+    "write_mask": "tokenseg.imaging.volume",
 }
 
 __all__ = [

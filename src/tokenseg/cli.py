@@ -22,10 +22,10 @@ from tokenseg.commands.demo import Demo
 from tokenseg.commands.evaluate import Evaluate
 from tokenseg.commands.info import Info
 from tokenseg.commands.segment import Segment
+from tokenseg.commands.terminal import say
 from tokenseg.commands.tokens import Tokens
 from tokenseg.commands.train import Train
 from tokenseg.errors import ConfigError, TokenSegError
-from tokenseg.terminal import say
 
 COMMANDS: dict[str, Any] = {
     "demo": Demo,

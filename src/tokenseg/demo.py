@@ -29,17 +29,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenseg.checkpoint import Model, load_model
-from tokenseg.cohort import COHORT_NAME, write_cohort
+from tokenseg.benchmark.peers import monai_unet
 from tokenseg.config import CohortOptions, PresetName, TrainOptions
-from tokenseg.data.cases import first_few
-from tokenseg.data.datasets import open_dataset
-from tokenseg.data.inputs import list_inputs
+from tokenseg.datasets.cases import first_few
+from tokenseg.datasets.inputs import list_inputs
+from tokenseg.datasets.layouts import open_dataset
 from tokenseg.errors import ConfigError, TokenSegError, TrainingError
-from tokenseg.evaluate import Evaluation, evaluate_folders
+from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
+from tokenseg.evaluation.metrics import Interval, bootstrap_interval
 from tokenseg.files import check_writable, write_atomically
-from tokenseg.metrics import Interval, bootstrap_interval
-from tokenseg.peers import monai_unet
 from tokenseg.progress import Progress, Silent
 from tokenseg.report.cases import evaluation_views, token_boxes
 from tokenseg.report.curves import curves_section
@@ -49,11 +47,13 @@ from tokenseg.report.reports import tokens_of_selected
 from tokenseg.report.scores import evaluation_section, scrollable
 from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
-from tokenseg.segment import segment_cases
-from tokenseg.tokens import TokenReport
-from tokenseg.train import train
-from tokenseg.training.journal import read_journal
+from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.segmentation.segment import segment_cases
+from tokenseg.synthetic.datasets import COHORT_NAME, write_cohort
+from tokenseg.tokens.report import TokenReport
+from tokenseg.training.csv_log import read_log
 from tokenseg.training.loop import LOG_NAME
+from tokenseg.training.train import train
 
 TOKENSEG, UNET = "tokenseg", "monai-unet"
 NAMES = {TOKENSEG: "TokenSeg", UNET: "MONAI UNet"}
@@ -241,7 +241,7 @@ def _row(network: str, part: str, evaluation: Evaluation, run: Path) -> DemoRow:
         lesion_f1=evaluation.summaries[0].lesions.f1,
         num_lesion_free=len(healthy),
         false_positives=sum(row.score.lesions.false_positive for row in healthy),
-        train_minutes=sum(float(row["seconds"]) for row in read_journal(run / "log.csv")) / 60,
+        train_minutes=sum(float(row["seconds"]) for row in read_log(run / "log.csv")) / 60,
     )
 
 
@@ -264,8 +264,8 @@ def _write_report(
     if tokens:
         sections.append(tokens_section(tokens))
     for network, name in NAMES.items():
-        journal = read_journal(folder / network / LOG_NAME)
-        sections.append(curves_section(journal, f"curves-{network}", f"{name}, training"))
+        log = read_log(folder / network / LOG_NAME)
+        sections.append(curves_section(log, f"curves-{network}", f"{name}, training"))
     title = "TokenSeg demo: tumours in synthetic breast MRI"
     write_page(folder / REPORT_NAME, title, _lead(rows), sections, date.today().isoformat())
 

@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 from phantoms import write_msd
 from tokenseg.config import TrainOptions
-from tokenseg.train import train
-from tokenseg.training.journal import read_journal
+from tokenseg.training.csv_log import read_log
+from tokenseg.training.train import train
 
 CURVE = Path(__file__).with_name("loss_curve.csv")
 COLUMNS = ("step", "loss", "segmentation")
@@ -36,7 +36,7 @@ def train_shortly(folder: Path) -> list[dict[str, str]]:
     options = TrainOptions(preset="tiny", max_steps=NUM_STEPS, config=config, device="cpu", threads=1)
     with patch("tokenseg.training.launch.bfloat16_helps", lambda _: False):
         train(dataset, folder / "run", options)
-    return read_journal(folder / "run" / "log.csv")
+    return read_log(folder / "run" / "log.csv")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenseg.benchmark.rows import Row
-from tokenseg.benchmark.speed_rows import CONDITIONS, FORWARD, newest
+from tokenseg.benchmark.speed.rows import CONDITIONS, FORWARD, newest
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import write_atomically
 

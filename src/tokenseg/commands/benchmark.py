@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from tokenseg.benchmark.speed_options import SpeedOptions
+from tokenseg.benchmark.speed.options import SpeedOptions
 from tokenseg.commands.benchmark_accuracy import Accuracy
-from tokenseg.commands.checks import check_outputs, needs_extra, quieten_training_libraries
-from tokenseg.terminal import Terminal, say
+from tokenseg.commands.preflight import check_outputs, needs_extra, quieten_training_libraries
+from tokenseg.commands.terminal import Terminal, say
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Speed:
         quieten_training_libraries()
         from tokenseg.benchmark.frontier import read_dice, write_frontier
         from tokenseg.benchmark.rows import read_rows
-        from tokenseg.benchmark.speed import measure_speed
-        from tokenseg.benchmark.speed_rows import COLUMNS, like
-        from tokenseg.benchmark.speed_table import table_text
+        from tokenseg.benchmark.speed.rows import COLUMNS, like
+        from tokenseg.benchmark.speed.run import measure_speed
+        from tokenseg.benchmark.speed.table import table_text
 
         dice = None if options.accuracy is None else read_dice(options.accuracy)
         with Terminal() as terminal:

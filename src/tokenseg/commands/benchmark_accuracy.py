@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from tokenseg.benchmark.budget import AccuracyOptions
-from tokenseg.commands.checks import check_outputs, needs_extra, quieten_training_libraries, refuse_file
-from tokenseg.terminal import Terminal, say
+from tokenseg.benchmark.accuracy.budget import AccuracyOptions
+from tokenseg.commands.preflight import check_outputs, needs_extra, quieten_training_libraries, refuse_file
+from tokenseg.commands.terminal import Terminal, say
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Accuracy:
         refuse_file(self.output)
         check_outputs(csv=self.options.csv)
         quieten_training_libraries()
-        from tokenseg.benchmark.accuracy import benchmark_accuracy
+        from tokenseg.benchmark.accuracy.run import benchmark_accuracy
 
         with Terminal() as terminal:
             result = benchmark_accuracy(self.dataset, self.output, self.options, terminal)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tokenseg.commands.checks import check_outputs, needs_extra, refuse_used_folder
+from tokenseg.commands.preflight import check_outputs, needs_extra, refuse_used_folder
+from tokenseg.commands.terminal import Terminal, say
 from tokenseg.errors import ConfigError
-from tokenseg.terminal import Terminal, say
 
 if TYPE_CHECKING:
-    from tokenseg.data.cases import Dataset
-    from tokenseg.data.findings import Finding
+    from tokenseg.checking.findings import Finding
+    from tokenseg.datasets.cases import Dataset
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Check:
 
     def execute(self) -> int:
         """Check, print, and mend; 1 if training would refuse the dataset as it is."""
-        from tokenseg.data.datasets import open_dataset
-        from tokenseg.data.findings import check_dataset, check_files
+        from tokenseg.checking.findings import check_dataset, check_files
+        from tokenseg.datasets.layouts import open_dataset
 
         check_outputs(json=self.json)
         is_dataset = len(self.paths) == 1 and self.paths[0].is_dir()
@@ -52,7 +52,7 @@ class Check:
             else:
                 dataset = open_dataset(self.paths[0])
                 if self.fix is not None:
-                    from tokenseg.data.mending import check_target
+                    from tokenseg.checking.mending import check_target
 
                     check_target(dataset, self.fix)
                 findings = check_dataset(dataset, terminal)
@@ -62,7 +62,7 @@ class Check:
 
     def _use(self, dataset: Dataset, findings: list[Finding], terminal: Terminal) -> None:
         if self.pictures is not None:
-            from tokenseg.case_picture import draw_cases
+            from tokenseg.checking.pictures import draw_cases
 
             draw_cases(dataset, findings, self.pictures, terminal)
         if self.fix is None:
@@ -70,7 +70,7 @@ class Check:
         if not any(finding.fixable for finding in findings):
             say(f"nothing that --fix mends; {self.fix} is not made")
             return
-        from tokenseg.data.mending import mend_dataset
+        from tokenseg.checking.mending import mend_dataset
 
         changed = mend_dataset(dataset, findings, self.fix, terminal)
         say(f"{self.fix}: a copy, {len(changed)} file(s) of it mended")

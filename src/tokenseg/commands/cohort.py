@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from tokenseg.commands.checks import refuse_file
+from tokenseg.commands.preflight import refuse_file
+from tokenseg.commands.terminal import Terminal
 from tokenseg.config import CohortOptions
-from tokenseg.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cohort:
 
     def execute(self) -> int:
         """Draw, then say where the exams are."""
-        from tokenseg.cohort import write_cohort
+        from tokenseg.synthetic.datasets import write_cohort
 
         refuse_file(self.output)
         with Terminal() as terminal:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from tokenseg.commands.checks import needs_extra, quieten_training_libraries, refuse_file
-from tokenseg.terminal import Terminal, print_demo
+from tokenseg.commands.preflight import needs_extra, quieten_training_libraries, refuse_file
+from tokenseg.commands.terminal import Terminal, print_demo
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tokenseg.commands.checks import check_outputs
+from tokenseg.commands.preflight import check_outputs
+from tokenseg.commands.terminal import print_evaluation, say_not_scored
 from tokenseg.errors import TokenSegError
-from tokenseg.terminal import print_evaluation, say_not_scored
 
 if TYPE_CHECKING:
-    from tokenseg.data.cases import Dataset
+    from tokenseg.datasets.cases import Dataset
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Evaluate:
 
     def execute(self) -> int:
         """Score, print the table, write the files asked for."""
-        from tokenseg.evaluate import evaluate_folders, write_csv, write_json
+        from tokenseg.evaluation.evaluate import evaluate_folders, write_csv, write_json
 
         check_outputs(json=self.json, csv=self.csv, report=self.report)
         evaluation = evaluate_folders(self.predictions, self.references, tolerance_mm=self.tolerance_mm)
@@ -57,7 +57,7 @@ class Evaluate:
 
 def _dataset_of(references: Path) -> Dataset | None:
     """The dataset that references belong to, for its images; None where they are bare masks."""
-    from tokenseg.data.datasets import open_dataset
+    from tokenseg.datasets.layouts import open_dataset
 
     try:
         return open_dataset(references)

@@ -18,7 +18,7 @@ class Info:
 
     def execute(self) -> int:
         """Print the card of the model."""
-        from tokenseg.checkpoint import describe_model, load_model
+        from tokenseg.saved_model.checkpoint import describe_model, load_model
 
         print(describe_model(load_model(self.model)), end="")
         return 0

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from tokenseg import NOTICE
-from tokenseg.commands.checks import check_outputs
+from tokenseg.commands.preflight import check_outputs
+from tokenseg.commands.terminal import Terminal, say
 from tokenseg.config import DeviceName, EngineName, SegmentOptions
 from tokenseg.errors import ConfigError, TokenSegError
-from tokenseg.terminal import Terminal, say
 
 if TYPE_CHECKING:
-    from tokenseg.checkpoint import Model
-    from tokenseg.engine import EngineChoice
-    from tokenseg.outputs import CaseResult
-    from tokenseg.segment import Compute
+    from tokenseg.inference.engine import EngineChoice
+    from tokenseg.saved_model.checkpoint import Model
+    from tokenseg.segmentation.outputs import CaseResult
+    from tokenseg.segmentation.segment import Compute
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Segment:
         """Segment, print volumes, return 1 if a case failed."""
         import torch
 
-        from tokenseg.checkpoint import load_model
         from tokenseg.device import choose_device
-        from tokenseg.engine import choose_engine
-        from tokenseg.segment import segment_files
+        from tokenseg.inference.engine import choose_engine
+        from tokenseg.saved_model.checkpoint import load_model
+        from tokenseg.segmentation.segment import segment_files
 
         if self.threads is not None:
             if self.threads < 1:
@@ -87,7 +87,7 @@ class Segment:
         return 1 if failed else 0
 
     def _on_cluster(self, chosen: EngineChoice) -> Compute:
-        from tokenseg.cluster import on_cluster
+        from tokenseg.segmentation.cluster import on_cluster
 
         return on_cluster((self.model, *self.folds), chosen)
 
@@ -109,14 +109,14 @@ class Segment:
         print(NOTICE)
 
     def _shown(self, result: CaseResult) -> str:
-        from tokenseg.privacy import shown_name
+        from tokenseg.segmentation.privacy import shown_name
 
         return shown_name(result.case_id, show_names=self.options.show_names)
 
     def _write_report(self, model: Model, results: list[CaseResult]) -> None:
         if self.report is None:
             return
-        from tokenseg.data.inputs import list_inputs
+        from tokenseg.datasets.inputs import list_inputs
         from tokenseg.report.reports import segmentation_report, tokens_of_worst
 
         plan = model.facts.plan

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from tokenseg import NOTICE
-from tokenseg.commands.checks import check_outputs
+from tokenseg.commands.preflight import check_outputs
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Tokens:
 
     def execute(self) -> int:
         """Find the tokens, print a table, write the files asked for."""
-        from tokenseg.checkpoint import load_model
-        from tokenseg.tokens import describe_tokens, tokens_of_case, write_json
+        from tokenseg.saved_model.checkpoint import load_model
+        from tokenseg.tokens.report import describe_tokens, tokens_of_case, write_json
 
         check_outputs(json=self.json, picture=self.picture)
         if self.picture is not None:
-            from tokenseg.token_picture import check_can_draw
+            from tokenseg.tokens.picture import check_can_draw
 
             check_can_draw(self.picture)
         report = tokens_of_case(load_model(self.model), self.case, self.reference)
@@ -43,7 +43,7 @@ class Tokens:
         if self.json is not None:
             write_json(self.json, report)
         if self.picture is not None:
-            from tokenseg.token_picture import write_picture
+            from tokenseg.tokens.picture import write_picture
 
             write_picture(self.picture, report)
         return 0

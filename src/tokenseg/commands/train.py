@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from tokenseg.commands.checks import needs_extra, quieten_training_libraries, refuse_file
+from tokenseg.commands.preflight import needs_extra, quieten_training_libraries, refuse_file
+from tokenseg.commands.terminal import Terminal, print_evaluation
 from tokenseg.config import TrainOptions
 from tokenseg.errors import TokenSegError
-from tokenseg.terminal import Terminal, print_evaluation
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Train:
         refuse_file(self.run)
         quieten_training_libraries()
         from tokenseg.processes import process_number
-        from tokenseg.train import train
+        from tokenseg.training.train import train
 
         try:
             with Terminal() as terminal:

@@ -108,7 +108,8 @@ def _one(like: Tensor) -> Tensor:
     return like[:1, :1, :1, :1, :1].reshape(1).isinf().to(like.dtype) * 0 + 1
 
 
-# For good: a recorded pass (`replay.py`) reads them. The lengths that images have at four levels bound their number.
+# For good: a recorded pass (`inference/cuda_graph.py`) reads them. The lengths that images have at four levels bound
+# their number.
 @cache
 def _kept_matrix(build: _Build, size: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # What is made in inference mode cannot be trained with, and it may be needed there first.

@@ -10,20 +10,20 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tokenseg.case_tokens import CaseTokens
 from tokenseg.config import Label, Plan
-from tokenseg.data.cases import Case, Dataset
-from tokenseg.data.datasets import load_image
-from tokenseg.data.inputs import read_input, read_written_mask
-from tokenseg.data.intensities import channel_image
-from tokenseg.data.orientation import to_canonical
-from tokenseg.data.volume import Mask, Volume, check_same_grid, read_mask
+from tokenseg.datasets.cases import Case, Dataset
+from tokenseg.datasets.inputs import read_input, read_written_mask
+from tokenseg.datasets.layouts import load_image
 from tokenseg.errors import TokenSegError
-from tokenseg.evaluate import CaseLabelRow, Evaluation
-from tokenseg.metrics import CaseLabelScore
-from tokenseg.outputs import CaseResult
+from tokenseg.evaluation.evaluate import CaseLabelRow, Evaluation
+from tokenseg.evaluation.metrics import CaseLabelScore
+from tokenseg.imaging.orientation import to_canonical
+from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
+from tokenseg.plan_grid.intensities import channel_image
 from tokenseg.report.viewer import CaseView, TokenBoxes
+from tokenseg.segmentation.outputs import CaseResult
 from tokenseg.shapes import Affine
+from tokenseg.tokens.case import CaseTokens
 
 MAX_CHANNELS_SHOWN = 2
 MAX_SEGMENTED_SHOWN = 12

@@ -23,7 +23,7 @@ def curves_section(rows: Sequence[Mapping[str, str]], anchor: str = "curves", ti
     """Curves over the steps; a column without any number has no chart.
 
     Args:
-        rows: As `tokenseg.training.journal.read_journal` gives them: a text a column, empty where there is no value.
+        rows: As `tokenseg.training.csv_log.read_log` gives them: a text a column, empty where there is no value.
         anchor: `id` of the section.
         title: Its heading.
     """

@@ -8,15 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from tokenseg.checkpoint import Model
 from tokenseg.config import Plan
-from tokenseg.data.cases import Case, Dataset
-from tokenseg.data.datasets import load_image
-from tokenseg.data.inputs import read_input
-from tokenseg.data.volume import read_mask
-from tokenseg.evaluate import Evaluation
-from tokenseg.outputs import CaseResult
-from tokenseg.privacy import shown_name
+from tokenseg.datasets.cases import Case, Dataset
+from tokenseg.datasets.inputs import read_input
+from tokenseg.datasets.layouts import load_image
+from tokenseg.evaluation.evaluate import Evaluation
+from tokenseg.imaging.volume import read_mask
 from tokenseg.report.cases import (
     evaluation_views,
     segmentation_views,
@@ -38,7 +35,10 @@ from tokenseg.report.scores import (
 )
 from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
-from tokenseg.tokens import TokenReport, report_tokens
+from tokenseg.saved_model.checkpoint import Model
+from tokenseg.segmentation.outputs import CaseResult
+from tokenseg.segmentation.privacy import shown_name
+from tokenseg.tokens.report import TokenReport, report_tokens
 
 MAX_TOKENS_SHOWN = 3
 """Segmented cases that are run once more for their tokens."""
@@ -48,7 +48,7 @@ def train_report(
     path: Path,
     evaluation: Evaluation,
     dataset: Dataset,
-    journal: Sequence[Mapping[str, str]],
+    log: Sequence[Mapping[str, str]],
     facts: Mapping[str, str],
     made: str,
     *,
@@ -60,7 +60,7 @@ def train_report(
         path: The HTML file.
         evaluation: Of the validation cases.
         dataset: Where their images are.
-        journal: Rows of `log.csv`.
+        log: Rows of `log.csv`.
         facts: What else to say of the run, such as steps, seed and fold, by name.
         made: Date for the footer.
         tokens: From `tokens_of_selected`; empty leaves them out.
@@ -68,7 +68,7 @@ def train_report(
     Raises:
         TokenSegError: A mask cannot be read, or the file cannot be written.
     """
-    curves = curves_section(journal)
+    curves = curves_section(log)
     run = Section("run", "This run", fact_list(facts))
     name = dataset.root.resolve().name
     _write(path, f"Training on {name}", evaluation, dataset, tokens, (curves, run), made)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tokenseg.evaluate import CaseLabelRow, Evaluation, LabelSummary
-from tokenseg.metrics import LESION_MIN_IOU, Interval, bootstrap_interval
+from tokenseg.evaluation.evaluate import CaseLabelRow, Evaluation, LabelSummary
+from tokenseg.evaluation.metrics import LESION_MIN_IOU, Interval, bootstrap_interval
 from tokenseg.report.charts import Axis, Dot, Strip, axis_over, scatter_chart, strip_chart
 from tokenseg.report.markup import Html, element, join
 from tokenseg.report.page import Section

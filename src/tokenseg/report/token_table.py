@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenseg.boundary import NearBoundary
 from tokenseg.report.markup import Html, element, join
 from tokenseg.report.page import Section
 from tokenseg.report.scores import scrollable
-from tokenseg.tokens import LEVEL_NAMES, RADII_MM, TokenReport, TokenSummary
+from tokenseg.tokens.boundary import NearBoundary
+from tokenseg.tokens.report import LEVEL_NAMES, RADII_MM, TokenReport, TokenSummary
 
 _EXPLAINED = (
     "The network describes a scan by candidate tokens, one a cell of a coarse grid at four levels of detail, and keeps "

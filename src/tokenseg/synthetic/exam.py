@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter, label
 
 from tokenseg.shapes import Affine
 from tokenseg.synthetic.anatomy import Anatomy, Shares, build_anatomy, draw_breast
-from tokenseg.synthetic.both import draw_both
+from tokenseg.synthetic.both_breasts import draw_both
 from tokenseg.synthetic.grid import Field, ScanGrid, Triple, smooth_noise
 from tokenseg.synthetic.kinetics import BLOOD, Exchange, TissueName, signal, tissue_concentration_mm
 from tokenseg.synthetic.lesions import Lesion, LesionMaps, draw_lesions, lesion_maps

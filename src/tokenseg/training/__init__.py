@@ -1,1 +1,1 @@
-"""Training, in the order of the data: cache -> augment -> batches -> loop, with state and journal beside it."""
+"""Training, in the order of the data: cache -> augment -> batches -> loop, with state and logs beside it."""

@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8
 
 from tokenseg.config import Plan
-from tokenseg.data.cases import Case, Dataset
-from tokenseg.data.coarse import coarse_image, coarse_labels
-from tokenseg.data.datasets import load_case
-from tokenseg.data.preprocess import prepare_image, prepare_labels
+from tokenseg.datasets.cases import Case, Dataset
+from tokenseg.datasets.layouts import load_case
 from tokenseg.errors import FileError, TokenSegError
 from tokenseg.files import DAMAGED_ARRAY, remove_leftovers, write_atomically
+from tokenseg.plan_grid.coarse import coarse_image, coarse_labels
+from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels
 from tokenseg.progress import Progress
 from tokenseg.shapes import ImageArray
 

@@ -22,16 +22,16 @@ from torch.utils.data import DataLoader
 
 from tokenseg.config import Plan, TrainConfig
 from tokenseg.errors import TrainingError
-from tokenseg.losses import LossParts, training_loss
+from tokenseg.inference.windows import num_windows, predict_logits, torch_forward
 from tokenseg.model.network import TokenSeg
 from tokenseg.processes import mean_over_processes
 from tokenseg.progress import Progress
 from tokenseg.training.batches import Batch, TrainingBatches
-from tokenseg.training.board import open_board, write_row
 from tokenseg.training.cache import PreparedCase
-from tokenseg.training.journal import Journal
+from tokenseg.training.csv_log import CsvLog
+from tokenseg.training.losses import LossParts, training_loss
 from tokenseg.training.state import SavedStep, load_state, save_state
-from tokenseg.windows import num_windows, predict_logits, torch_forward
+from tokenseg.training.tensorboard_log import open_tensorboard, write_row
 
 STATE_NAME, LOG_NAME = "state.safetensors", "log.csv"
 QUICK_CASES, QUICK_WINDOWS = 8, 200
@@ -98,22 +98,24 @@ class _Keeper:
 
     def __init__(self, run: Fit, network: nn.Module, optimizer: Optimizer, first_step: int) -> None:
         self._run, self._network, self._optimizer = run, network, optimizer
-        self._journal = Journal(run.folder / LOG_NAME, first_step) if run.fabric.is_global_zero else None
-        self._board = open_board(run.folder / "tensorboard", first_step) if run.fabric.is_global_zero else None
+        self._csv_log = CsvLog(run.folder / LOG_NAME, first_step) if run.fabric.is_global_zero else None
+        self._tensorboard = (
+            open_tensorboard(run.folder / "tensorboard", first_step) if run.fabric.is_global_zero else None
+        )
         self._last_save = time.monotonic()
 
     def keep(self, row: dict[str, float | int | str], saved: SavedStep, *, weights: bool) -> None:
         """Log a step; save the state when it is due, and with the weights."""
-        if self._journal is not None:
-            self._journal.write(row)
-        if self._board is not None:
-            write_row(self._board, row)
+        if self._csv_log is not None:
+            self._csv_log.write(row)
+        if self._tensorboard is not None:
+            write_row(self._tensorboard, row)
         if weights or time.monotonic() - self._last_save > SAVE_SECONDS:
             self.save(saved, weights=weights)
 
     def save(self, saved: SavedStep, *, weights: bool) -> None:
         """Save the state, and the weights if asked."""
-        if self._journal is not None:
+        if self._csv_log is not None:
             save_state(self._run.folder / STATE_NAME, self._network, self._optimizer, saved)
             if weights:
                 self._run.save_weights(self._network)
@@ -121,10 +123,10 @@ class _Keeper:
 
     def close(self) -> None:
         """Close the log."""
-        if self._journal is not None:
-            self._journal.close()
-        if self._board is not None:
-            self._board.close()
+        if self._csv_log is not None:
+            self._csv_log.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def train_step(run: Fit, module: nn.Module, optimizer: Optimizer, batch: Batch) -> LossParts:

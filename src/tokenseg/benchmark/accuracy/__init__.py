@@ -1,0 +1,1 @@
+"""Accuracy of several networks in one pipeline under one budget."""

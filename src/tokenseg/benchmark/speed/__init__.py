@@ -1,0 +1,1 @@
+"""Time and memory of passes and training steps of several networks."""

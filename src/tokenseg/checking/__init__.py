@@ -1,0 +1,1 @@
+"""Faults of a dataset: finding them, showing them, and a mended copy."""

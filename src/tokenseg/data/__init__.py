@@ -1,1 +1,0 @@
-"""From files to arrays on the network's grid, and back."""

@@ -1,0 +1,1 @@
+"""DICOM studies: series, grids, phases and intensities of scans, and segmentation objects."""

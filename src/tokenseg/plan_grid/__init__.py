@@ -1,0 +1,1 @@
+"""The way of a scan to the plan grid and of answers back: intensities, resampling, rows."""

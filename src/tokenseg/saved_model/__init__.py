@@ -1,0 +1,1 @@
+"""The model folder: weights, facts and card, and the models that come with the package."""
