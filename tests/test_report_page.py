@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenseg import NOTICE
+from tokenseg.about import NOTICE
 from tokenseg.errors import FileError
 from tokenseg.report.markup import Html, data_block, element, join
 from tokenseg.report.page import Section, write_page

@@ -10,8 +10,9 @@ Public names are imported on first use, so that `import tokenseg` alone costs no
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from tokenseg.about import __version__
 
 if TYPE_CHECKING:
     from tokenseg.errors import TokenSegError
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from tokenseg.inference.predict import segment_volume
     from tokenseg.model.network import TokenSeg, TokenSegOutput
     from tokenseg.saved_model.checkpoint import Model, load_model
-
-__version__ = version("tokenseg")
-NOTICE = "Research software: not a medical device."
-"""Stands wherever a user sees results."""
 
 _HOME = {
     "Model": "tokenseg.saved_model.checkpoint",

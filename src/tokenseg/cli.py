@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from tokenseg import NOTICE
+from tokenseg.about import NOTICE
 from tokenseg.commands.benchmark import Benchmark
 from tokenseg.commands.check import Check
 from tokenseg.commands.cohort import Cohort
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if arguments == ["--version"]:
-        from tokenseg import __version__
+        from tokenseg.about import __version__
 
         print(f"tokenseg {__version__}")
         return 0

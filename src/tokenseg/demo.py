@@ -31,13 +31,13 @@ import numpy as np
 
 from tokenseg.benchmark.peers import monai_unet
 from tokenseg.config import CohortOptions, PresetName, TrainOptions
-from tokenseg.datasets.cases import first_few
 from tokenseg.datasets.inputs import list_inputs
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.errors import ConfigError, TokenSegError, TrainingError
 from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
 from tokenseg.evaluation.metrics import Interval, bootstrap_interval
 from tokenseg.files import check_writable, write_atomically
+from tokenseg.messages import first_few
 from tokenseg.progress import Progress, Silent
 from tokenseg.report.cases import evaluation_views, token_boxes
 from tokenseg.report.curves import curves_section

@@ -12,7 +12,7 @@ Network tensors are (B, C, X, Y, Z).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -37,8 +37,3 @@ Affine: TypeAlias = Float[np.ndarray, "4 4"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM and ITK count to the left and to the back, NIfTI and this program to the right and to the front."""
-
-
-def times(sizes: Iterable[int | float]) -> str:
-    """Sizes as messages show them: `35 x 50 x 36`, `0.7 x 0.7 x 2.5`."""
-    return " x ".join(f"{float(size):g}" for size in sizes)

@@ -17,13 +17,14 @@ import numpy as np
 from jaxtyping import Bool
 
 from tokenseg.checking.mask_rounding import RoundedMask, round_mask
-from tokenseg.datasets.cases import OWN_LABEL, Case, Dataset, first_few, shared_labels
+from tokenseg.datasets.cases import OWN_LABEL, Case, Dataset, shared_labels
 from tokenseg.errors import TokenSegError
 from tokenseg.imaging.far_off import spread_of
 from tokenseg.imaging.formats import is_written, orientation_problem, read_header, read_values
 from tokenseg.imaging.grids import is_lost_header, relate_grids
 from tokenseg.imaging.orientation import orientation
 from tokenseg.imaging.volume import Grid, read_grid
+from tokenseg.messages import first_few
 from tokenseg.planning.fingerprint import CaseFingerprint, label_remedy, voxel_digest
 from tokenseg.progress import Progress
 from tokenseg.shapes import Affine

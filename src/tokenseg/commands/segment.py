@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tokenseg import NOTICE
+from tokenseg.about import NOTICE
 from tokenseg.commands.preflight import check_outputs
 from tokenseg.commands.terminal import Terminal, say
 from tokenseg.config import DeviceName, EngineName, SegmentOptions

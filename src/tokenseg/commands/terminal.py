@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from tokenseg import NOTICE
+from tokenseg.about import NOTICE
 
 if TYPE_CHECKING:
     from tokenseg.demo import DemoResult
@@ -77,7 +77,7 @@ def say(text: str) -> None:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print a row a label, and what was missing or unlisted."""
-    from tokenseg.datasets.cases import first_few
+    from tokenseg.messages import first_few
 
     head = f"{'label':<20} {'Dice (95 % interval)':<24} {'IoU':>6} {'HD95 mm':>8} {'NSD':>6} {'error ml':>9}"
     print(f"{head} {'lesion F1':>9}  cases  missed  false pos.  both empty")
@@ -105,7 +105,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 def say_not_scored(evaluation: Evaluation) -> None:
     """Name masks that `evaluate` was given and did not use; in training these are just the other cases."""
-    from tokenseg.datasets.cases import first_few
+    from tokenseg.messages import first_few
 
     if evaluation.extra_predictions:
         extra = evaluation.extra_predictions

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from tokenseg import NOTICE
+from tokenseg.about import NOTICE
 from tokenseg.commands.preflight import check_outputs
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenseg.config import Plan
-from tokenseg.datasets.cases import Case, check_case_ids, first_few
+from tokenseg.datasets.cases import Case, check_case_ids
 from tokenseg.datasets.folders import check_path_text
 from tokenseg.errors import DataError, FileError, TokenSegError
 from tokenseg.imaging.channel_names import phase_name
 from tokenseg.imaging.dicom.exam import list_exams
 from tokenseg.imaging.dicom_files import may_be_dicom
 from tokenseg.imaging.formats import is_named_as_image
+from tokenseg.messages import first_few
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs"}
 """What spreadsheets write in place of commas, in some countries or if told so."""

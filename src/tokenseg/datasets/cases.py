@@ -14,6 +14,7 @@ from tokenseg.config import Label
 from tokenseg.errors import DataError
 from tokenseg.files import is_utf8
 from tokenseg.imaging.dicom.exam import Exam
+from tokenseg.messages import first_few
 
 LayoutName: TypeAlias = Literal["msd", "nnunet", "mamamia"]
 
@@ -23,7 +24,6 @@ MAX_LABEL_CHARACTERS = 60
 """A name stands in lists and tables; DICOM has room for 64."""
 MAX_ID_BYTES = 200
 """File names have 255 on most systems, and endings and temporary names are added."""
-_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +187,6 @@ def shared_labels(cases: Sequence[Case]) -> dict[str, str]:
 
 OWN_LABEL = "list for each case its own label file, or leave a case out"
 """What mends a fault of `shared_labels`."""
-
-
-def first_few(items: Sequence[str]) -> str:
-    """Join the first five items for a message and say how many more there are."""
-    more = len(items) - _NUM_SHOWN
-    return ", ".join(items[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _below(path: Path, root: Path) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenseg.datasets.cases import Case, Dataset, LayoutName, first_few
+from tokenseg.datasets.cases import Case, Dataset, LayoutName
 from tokenseg.datasets.dataset_json import read_json
 from tokenseg.datasets.mamamia import is_mamamia, list_mamamia_images, read_mamamia
 from tokenseg.datasets.msd import list_msd_images, read_msd
 from tokenseg.datasets.nnunet import list_nnunet_images, read_nnunet
 from tokenseg.errors import DataError, FileError
 from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_channels, read_mask, read_volume
+from tokenseg.messages import first_few
 
 _LOOKED_FOR = (
     "dataset.json with 'modality' and 'training' (Medical Segmentation Decathlon), "

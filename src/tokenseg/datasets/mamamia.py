@@ -11,11 +11,12 @@ import csv
 from pathlib import Path
 
 from tokenseg.config import Code, Coding, Label
-from tokenseg.datasets.cases import Case, Dataset, check_case_ids, check_cases, first_few
+from tokenseg.datasets.cases import Case, Dataset, check_case_ids, check_cases
 from tokenseg.datasets.folders import group_channels, image_files
 from tokenseg.errors import DataError
 from tokenseg.imaging.channel_names import phase_name
 from tokenseg.imaging.formats import image_ending, image_stem
+from tokenseg.messages import first_few
 
 SOURCE_CHANNELS = ("phase0", "phase1")
 CHANNELS = ("phase1", "phase1 - phase0")

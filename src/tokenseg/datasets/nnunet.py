@@ -21,13 +21,13 @@ from tokenseg.datasets.cases import (
     check_cases,
     check_channel_names,
     check_label_names,
-    first_few,
 )
 from tokenseg.datasets.dataset_json import Manifest, parse_manifest, read_json
 from tokenseg.datasets.folders import check_path_text, group_channels, image_files, name_channels
 from tokenseg.errors import DataError
 from tokenseg.imaging.channel_names import is_ct
 from tokenseg.imaging.formats import IMAGE_ENDINGS, image_stem
+from tokenseg.messages import first_few
 
 
 class _Files(Manifest):

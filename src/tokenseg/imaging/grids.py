@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Shaped
 from scipy.ndimage import affine_transform
 
 from tokenseg.imaging.volume import Grid, affine_differences
-from tokenseg.shapes import Affine, times
+from tokenseg.messages import times
+from tokenseg.shapes import Affine
 
 GridKind: TypeAlias = Literal["identical", "rounding", "other grid", "disjoint"]
 

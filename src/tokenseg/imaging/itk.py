@@ -21,7 +21,8 @@ from jaxtyping import Shaped
 
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
 from tokenseg.files import check_no_device, replaced_on_success
-from tokenseg.shapes import LPS_TO_RAS, Affine, times
+from tokenseg.messages import times
+from tokenseg.shapes import LPS_TO_RAS, Affine
 
 ITK_ENDINGS = (".nrrd", ".mha", ".mhd")
 

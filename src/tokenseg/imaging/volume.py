@@ -20,7 +20,8 @@ from tokenseg.imaging.formats import (
     read_values,
     write_values,
 )
-from tokenseg.shapes import Affine, ImageArray, MaskArray, times
+from tokenseg.messages import times
+from tokenseg.shapes import Affine, ImageArray, MaskArray
 
 POSITION_TOLERANCE_MM = 1e-3
 SPACING_TOLERANCE_MM = 1e-3

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenseg import __version__
+from tokenseg.about import __version__
 from tokenseg.config import EngineName
 from tokenseg.device import bfloat16_helps
 from tokenseg.errors import ConfigError, FileError, ModelError

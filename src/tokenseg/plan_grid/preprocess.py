@@ -31,9 +31,10 @@ from tokenseg.imaging.orientation import (
     turn_to_ras,
 )
 from tokenseg.imaging.volume import Mask, Volume
+from tokenseg.messages import times
 from tokenseg.plan_grid.intensities import Scaling, channel_terms, check_channels, find_scalings
 from tokenseg.plan_grid.resampling import axis_between, between, interpolated, resampled
-from tokenseg.shapes import ImageArray, times
+from tokenseg.shapes import ImageArray
 
 MAX_GRID_VOXELS = 2**31
 """Largest volume that is prepared; beyond it a wrong spacing is the likely cause."""

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from tokenseg.config import Fraction, Label, Settings, Spacing3, Vox3
-from tokenseg.datasets.cases import OWN_LABEL, Case, Dataset, first_few, shared_labels
+from tokenseg.datasets.cases import OWN_LABEL, Case, Dataset, shared_labels
 from tokenseg.datasets.layouts import LabelledCase, load_case
 from tokenseg.errors import DataError, TokenSegError
 from tokenseg.imaging.far_off import spread_of
 from tokenseg.imaging.orientation import orientation
+from tokenseg.messages import first_few
 
 _SAMPLES_A_CASE = 10_000
 _LOOKED_AT = 3

@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from tokenseg.config import NUM_LEVELS, ChannelNormalisation, Plan, Spacing3, Stride3, Vox3, parse_settings
 from tokenseg.datasets.cases import Dataset
+from tokenseg.messages import times
 from tokenseg.planning.fingerprint import Fingerprint
-from tokenseg.shapes import times
 
 ANISOTROPY = 3.0
 WINDOW_BUDGET_VOX = 900_000

@@ -17,8 +17,8 @@ from tokenseg.imaging.far_off import HOUNSFIELD_MINIMUM, spread_of
 from tokenseg.imaging.formats import orientation_problem
 from tokenseg.imaging.orientation import to_canonical
 from tokenseg.imaging.volume import Volume
+from tokenseg.messages import times
 from tokenseg.planning.fingerprint import CaseFingerprint
-from tokenseg.shapes import times
 
 Range: TypeAlias = tuple[float, float]
 """Smallest and largest of the training scans."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from tokenseg import NOTICE, __version__
+from tokenseg.about import NOTICE, __version__
 from tokenseg.files import write_atomically
 from tokenseg.report.markup import Html, element, join
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenseg.config import Plan, SegmentOptions
-from tokenseg.datasets.cases import Case, first_few
+from tokenseg.datasets.cases import Case
 from tokenseg.errors import FileError
 from tokenseg.files import check_writable, writing
 from tokenseg.imaging.dicom.seg import (
@@ -27,6 +27,7 @@ from tokenseg.imaging.dicom.seg import (
 from tokenseg.imaging.formats import IMAGE_ENDINGS, image_ending, image_stem, is_named_as_image, mask_ending
 from tokenseg.imaging.volume import Volume, write_mask
 from tokenseg.inference.quality import CaseQuality, is_quality
+from tokenseg.messages import first_few
 from tokenseg.plan_grid.probabilities import is_probabilities
 from tokenseg.plan_grid.restore import painted_values
 from tokenseg.saved_model.checkpoint import Model

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from tokenseg import NOTICE
+from tokenseg.about import NOTICE
 from tokenseg.errors import ConfigError
 from tokenseg.files import write_atomically
 from tokenseg.tokens.boundary import NearBoundary

@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Float
 
 from tokenseg.config import NUM_LEVELS, Plan
-from tokenseg.datasets.cases import Case, first_few
+from tokenseg.datasets.cases import Case
 from tokenseg.datasets.inputs import list_inputs, read_input
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.files import write_atomically
 from tokenseg.imaging.orientation import turn_to_ras
 from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
+from tokenseg.messages import first_few
 from tokenseg.plan_grid.intensities import select_channels
 from tokenseg.saved_model.checkpoint import Model
 from tokenseg.shapes import BoolMask

@@ -27,7 +27,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from tokenseg import __version__
+from tokenseg.about import __version__
 from tokenseg.checking.findings import compare_cases
 from tokenseg.config import (
     PRESETS,
@@ -40,7 +40,7 @@ from tokenseg.config import (
     read_run_config,
     write_run_config,
 )
-from tokenseg.datasets.cases import Case, Dataset, Split, first_few
+from tokenseg.datasets.cases import Case, Dataset, Split
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.datasets.splits import split_folds
 from tokenseg.device import choose_device
@@ -48,6 +48,7 @@ from tokenseg.errors import ConfigError, DataError
 from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders, write_csv, write_json
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.inference.temperature import calibrate
+from tokenseg.messages import first_few
 from tokenseg.model.network import TokenSeg
 from tokenseg.planning.fingerprint import (
     CaseFingerprint,

@@ -26,12 +26,13 @@ from tokenseg.config import (
     read_run_config,
     write_run_config,
 )
-from tokenseg.datasets.cases import Dataset, Split, first_few
+from tokenseg.datasets.cases import Dataset, Split
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.datasets.splits import split_folds
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import check_writable, write_atomically
+from tokenseg.messages import first_few
 from tokenseg.planning.fingerprint import take_fingerprint
 from tokenseg.planning.planner import make_plan
 from tokenseg.progress import Progress, Silent

@@ -29,9 +29,9 @@ from tokenseg.benchmark.speed.worker import Job, Result, do, fault_text, to_json
 from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.errors import ConfigError
 from tokenseg.inference.memory import available_mib
+from tokenseg.messages import times
 from tokenseg.progress import Progress, Silent
 from tokenseg.segmentation.provenance import manifest
-from tokenseg.shapes import times
 
 _SHARE_OF_MEMORY = 0.9
 _COMPUTES_ON = {"openvino": "cpu", "cuda-graph": "cuda"}

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from tokenseg.errors import GeometryError
-from tokenseg.shapes import LPS_TO_RAS, Affine, times
+from tokenseg.messages import times
+from tokenseg.shapes import LPS_TO_RAS, Affine
 
 Vector: TypeAlias = Float[np.ndarray, "3"]
 

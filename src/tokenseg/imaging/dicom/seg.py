@@ -23,7 +23,8 @@ from tokenseg.files import replaced_on_success, write_atomically
 from tokenseg.imaging.dicom_files import DicomFile, read_dataset
 from tokenseg.imaging.formats import DicomSlices
 from tokenseg.imaging.volume import Mask, Volume
-from tokenseg.shapes import LPS_TO_RAS, BoolMask, times
+from tokenseg.messages import times
+from tokenseg.shapes import LPS_TO_RAS, BoolMask
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenseg.errors import FileError
 from tokenseg.imaging.dicom.grid import Placement
 from tokenseg.imaging.dicom_files import Damaged, DicomFile, find_dicom, is_directory_file, noted, read_dataset
-from tokenseg.shapes import times
+from tokenseg.messages import times
 
 if TYPE_CHECKING:
     from pydicom import Dataset
