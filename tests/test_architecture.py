@@ -17,7 +17,19 @@ SOURCE_IDS = [str(path.relative_to(ROOT / "src")) for path in SOURCES]
 
 MAX_MODULE_LINES = 400
 MAX_WING_MODULES = 14
-GROUND = {"about", "config", "device", "errors", "files", "messages", "processes", "progress", "shapes", "stopwatch"}
+GROUND = {
+    "about",
+    "config",
+    "device",
+    "errors",
+    "files",
+    "messages",
+    "outputs",
+    "processes",
+    "progress",
+    "shapes",
+    "stopwatch",
+}
 DOORS = {"__init__", "__main__", "cli", "demo"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.save", "torch.load", "torch.hub"}

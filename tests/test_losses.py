@@ -14,10 +14,10 @@ from plans import make_plan
 from tokenseg.config import PRESETS, TrainConfig
 from tokenseg.model.importance import Importance
 from tokenseg.model.network import TokenRecord, TokenSeg, TokenSegOutput
+from tokenseg.outputs import EXCLUSIVE, REGIONS, Outputs
 from tokenseg.training.losses import (
     cell_foreground,
     coarse_targets,
-    one_hot,
     recall_loss,
     score_loss,
     segmentation_loss,
@@ -40,13 +40,13 @@ def half_full(num_outputs: int = 2) -> Tensor:
 
 
 def test_one_hot_of_exclusive_labels_starts_with_background() -> None:
-    maps = one_hot(torch.tensor([0, 1, 2, 1]).reshape(1, 1, 4, 1, 1), 3, regions=False)
+    maps = EXCLUSIVE.targets(torch.tensor([0, 1, 2, 1]).reshape(1, 1, 4, 1, 1), 3)
     assert maps[0, :, :, 0, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 1, 0]]
 
 
 def test_one_hot_of_regions_is_the_regions() -> None:
     labels = torch.tensor([[1, 1, 0], [1, 0, 0]]).reshape(1, 2, 3, 1, 1)
-    maps = one_hot(labels, 2, regions=True)
+    maps = REGIONS.targets(labels, 2)
     assert maps.dtype == torch.float32
     assert torch.equal(maps, labels.float())
 
@@ -54,25 +54,25 @@ def test_one_hot_of_regions_is_the_regions() -> None:
 @pytest.mark.parametrize("regions", [False, True])
 def test_perfect_prediction_costs_nothing(regions: bool) -> None:
     labels = half_full()
-    targets = one_hot(labels, 2, regions=regions)
-    assert segmentation_loss(sure_logits(targets), targets, regions=regions).item() == pytest.approx(0, abs=1e-5)
+    targets = Outputs(regions).targets(labels, 2)
+    assert segmentation_loss(sure_logits(targets), targets, Outputs(regions)).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_worst_prediction_costs_all_of_dice_and_the_whole_margin() -> None:
-    targets = one_hot(half_full(), 2, regions=False)
+    targets = EXCLUSIVE.targets(half_full(), 2)
     # Softmax of -20 against 20 is e^-40; Dice of foreground and prediction that do not overlap is 0.
-    assert segmentation_loss(sure_logits(1 - targets), targets, regions=False).item() == pytest.approx(1 + 40)
+    assert segmentation_loss(sure_logits(1 - targets), targets, EXCLUSIVE).item() == pytest.approx(1 + 40)
     # Sigmoid of -20 is e^-20.
-    assert segmentation_loss(sure_logits(1 - targets), targets, regions=True).item() == pytest.approx(1 + 20)
+    assert segmentation_loss(sure_logits(1 - targets), targets, REGIONS).item() == pytest.approx(1 + 20)
 
 
 def test_undecided_prediction_by_hand() -> None:
     """Probabilities of 1/3 for three exclusive labels of which the second is absent and the third half the volume."""
-    targets = one_hot(half_full(3), 3, regions=False)
+    targets = EXCLUSIVE.targets(half_full(3), 3)
     absent = 1e-5 / (64 * 2 / 3 + 1e-5)
     present = 2 * (64 / 3) / (128 / 3 + 64)
     expected = 1 - (absent + present) / 2 + math.log(3)
-    loss = segmentation_loss(torch.zeros(2, 3, 4, 4, 4), targets, regions=False)
+    loss = segmentation_loss(torch.zeros(2, 3, 4, 4, 4), targets, EXCLUSIVE)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -81,33 +81,33 @@ def test_undecided_regions_by_hand() -> None:
     targets = torch.ones(1, 2, 4, 4, 4)
     targets[:, 1, :2] = 0
     dice = (2 * 32 / (32 + 64) + 2 * 16 / (32 + 32)) / 2
-    loss = segmentation_loss(torch.zeros(1, 2, 4, 4, 4), targets, regions=True)
+    loss = segmentation_loss(torch.zeros(1, 2, 4, 4, 4), targets, REGIONS)
     assert loss.item() == pytest.approx(1 - dice + LN2, rel=1e-5)
 
 
 def test_dice_is_over_the_batch_not_the_volume() -> None:
     """A volume without foreground, with a false positive, beside a perfect one: one Dice of 2 * 32 / (32 + 32 + 64)."""
-    targets = one_hot(half_full(), 2, regions=False)
+    targets = EXCLUSIVE.targets(half_full(), 2)
     targets[1, 0], targets[1, 1] = 1, 0
     predicted = targets.clone()
     predicted[1, 0], predicted[1, 1] = 0, 1
-    loss = segmentation_loss(sure_logits(predicted), targets, regions=False)
+    loss = segmentation_loss(sure_logits(predicted), targets, EXCLUSIVE)
     assert loss.item() == pytest.approx(1 - 2 * 32 / (32 + 64 + 32) + 40 / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("regions", [False, True])
 def test_no_foreground_anywhere_is_finite(regions: bool) -> None:
     logits = torch.randn(1, 2, 4, 4, 4, requires_grad=True)
-    targets = one_hot(torch.zeros(1, 2 if regions else 1, 4, 4, 4, dtype=torch.long), 2, regions=regions)
-    loss = segmentation_loss(logits, targets, regions=regions)
+    targets = Outputs(regions).targets(torch.zeros(1, 2 if regions else 1, 4, 4, 4, dtype=torch.long), 2)
+    loss = segmentation_loss(logits, targets, Outputs(regions))
     (gradient,) = torch.autograd.grad(loss, logits)
     assert loss.isfinite()
     assert gradient.isfinite().all()
 
 
 def test_segmentation_loss_is_in_full_precision() -> None:
-    targets = one_hot(half_full(), 2, regions=False)
-    assert segmentation_loss(torch.zeros(2, 2, 4, 4, 4, dtype=torch.bfloat16), targets, regions=False).dtype == (
+    targets = EXCLUSIVE.targets(half_full(), 2)
+    assert segmentation_loss(torch.zeros(2, 2, 4, 4, 4, dtype=torch.bfloat16), targets, EXCLUSIVE).dtype == (
         torch.float32
     )
 
@@ -149,20 +149,20 @@ def test_foreground_and_background_weigh_the_same_in_a_coarse_view() -> None:
     logit = probability.logit()
     expected = -0.5 * (math.log(0.25) + math.log(0.875))
     exclusive = torch.stack([torch.zeros_like(logit), logit], dim=1)
-    assert recall_loss(exclusive, foreground, regions=False).item() == pytest.approx(expected, rel=1e-5)
+    assert recall_loss(exclusive, foreground, EXCLUSIVE).item() == pytest.approx(expected, rel=1e-5)
     # Which of the labels it is does not matter: two of half the odds are the same.
     shared = torch.stack([torch.zeros_like(logit), logit - LN2, logit - LN2], dim=1)
-    assert recall_loss(shared, foreground, regions=False).item() == pytest.approx(expected, rel=1e-5)
+    assert recall_loss(shared, foreground, EXCLUSIVE).item() == pytest.approx(expected, rel=1e-5)
     # Of regions the likeliest counts.
     likeliest = torch.stack([logit, logit - 3], dim=1)
-    assert recall_loss(likeliest, foreground, regions=True).item() == pytest.approx(expected, rel=1e-5)
+    assert recall_loss(likeliest, foreground, REGIONS).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_coarse_view_without_foreground_counts_its_background() -> None:
     nothing = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
     undecided = torch.zeros(1, 2, 4, 4, 4)
-    assert recall_loss(undecided, nothing, regions=False).item() == pytest.approx(0.5 * LN2)
-    assert recall_loss(undecided, ~nothing, regions=False).item() == pytest.approx(0.5 * LN2)
+    assert recall_loss(undecided, nothing, EXCLUSIVE).item() == pytest.approx(0.5 * LN2)
+    assert recall_loss(undecided, ~nothing, EXCLUSIVE).item() == pytest.approx(0.5 * LN2)
 
 
 def test_coarse_views_are_asked_where_to_look() -> None:
@@ -171,7 +171,7 @@ def test_coarse_views_are_asked_where_to_look() -> None:
     labels = torch.randint(0, 3, (1, 1, 32, 32, 32))
     config = TrainConfig()
     parts = training_loss(output, labels, plan=make_plan(), config=config, coarse_view=True)
-    torch.testing.assert_close(parts.segmentation, recall_loss(output.logits, labels[:, 0] > 0, regions=False))
+    torch.testing.assert_close(parts.segmentation, recall_loss(output.logits, labels[:, 0] > 0, EXCLUSIVE))
     assert parts.deep == 0
     # Each weight has a gradient, if only zero, as several processes expect.
     assert parts.deep.requires_grad

@@ -13,6 +13,7 @@ import pytest
 import tokenseg
 from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
+from tokenseg.about import NOTICE
 from tokenseg.cli import main
 from tokenseg.config import SegmentOptions
 from tokenseg.datasets.cases import Case
@@ -64,7 +65,7 @@ def test_the_manifest_says_how_a_mask_came_about(tmp_path):
     folder = save_untrained(tmp_path / "model")
     assert main(["segment", str(scan), str(tmp_path / "m.nii.gz"), "--model", str(folder), "--threads", "1"]) == 0
     manifest = json.loads((tmp_path / "m_manifest.json").read_text())
-    assert manifest["notice"] == tokenseg.NOTICE
+    assert manifest["notice"] == NOTICE
     assert manifest["tokenseg"] == tokenseg.__version__
     assert (manifest["device"], manifest["threads"], manifest["deterministic"]) == ("cpu", 1, True)
     (model,) = manifest["models"]

@@ -16,6 +16,7 @@ from tokenseg.imaging.volume import Volume
 from tokenseg.inference.predict import segment_in_slabs
 from tokenseg.inference.quality import CaseQuality, QualityMeter
 from tokenseg.inference.temperature import calibration_error, cross_fitted_error, fit_temperature, joined, sample_voxels
+from tokenseg.outputs import EXCLUSIVE, REGIONS
 from tokenseg.plan_grid.preprocess import prepare_image
 from tokenseg.plan_grid.restore import slabs_of
 from tokenseg.saved_model.checkpoint import ModelFacts, QualityFacts
@@ -165,12 +166,12 @@ def overconfident(count: int, factor: float, seed: int = 0) -> tuple[torch.Tenso
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 def test_the_temperature_is_found_and_mends_the_error(factor):
     logits, labels = overconfident(60_000, factor)
-    temperature = fit_temperature(logits, labels, regions=False)
+    temperature = fit_temperature(logits, labels, EXCLUSIVE)
     assert temperature == pytest.approx(factor, rel=0.05)
-    assert calibration_error(logits, labels, temperature, regions=False) < 0.01
+    assert calibration_error(logits, labels, temperature, EXCLUSIVE) < 0.01
     if factor == 3.0:
-        assert calibration_error(logits, labels, 1.0, regions=False) > 0.1
-    before, after = cross_fitted_error([overconfident(20_000, factor, seed) for seed in range(4)], regions=False)
+        assert calibration_error(logits, labels, 1.0, EXCLUSIVE) > 0.1
+    before, after = cross_fitted_error([overconfident(20_000, factor, seed) for seed in range(4)], EXCLUSIVE)
     assert after < 0.015
     assert after <= before + 0.005
 
@@ -179,8 +180,8 @@ def test_regions_have_a_temperature_too():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(60_000, 2, generator=generator) * 2
     labels = torch.bernoulli(logits.sigmoid(), generator=generator).long()
-    assert fit_temperature(2 * logits, labels, regions=True) == pytest.approx(2, rel=0.05)
-    assert calibration_error(logits, labels, 1.0, regions=True) < 0.01
+    assert fit_temperature(2 * logits, labels, REGIONS) == pytest.approx(2, rel=0.05)
+    assert calibration_error(logits, labels, 1.0, REGIONS) < 0.01
 
 
 def test_the_calibration_error_by_hand():
@@ -188,7 +189,7 @@ def test_the_calibration_error_by_hand():
     probability = torch.tensor([0.8] * 4 + [0.9] * 4)
     logits = torch.stack([1 - probability, probability], dim=1).log()
     labels = torch.tensor([1, 1, 0, 0, 1, 1, 1, 1])[:, None]
-    assert calibration_error(logits, labels, 1.0, regions=False) == pytest.approx((4 * 0.3 + 4 * 0.1) / 8, abs=1e-5)
+    assert calibration_error(logits, labels, 1.0, EXCLUSIVE) == pytest.approx((4 * 0.3 + 4 * 0.1) / 8, abs=1e-5)
 
 
 def test_every_voxel_of_the_plan_is_in_a_slab():
@@ -203,7 +204,7 @@ def test_every_voxel_of_the_plan_is_in_a_slab():
 def test_cases_without_any_suspicion_do_not_spoil_a_calibration():
     empty = torch.zeros(0, 3), torch.zeros(0, 1, dtype=torch.long)
     sure = torch.tensor([9.0, -9.0])[:, None, None, None].expand(2, 3, 3, 3)
-    sampled = sample_voxels(sure, torch.zeros(1, 3, 3, 3, dtype=torch.uint8), regions=False)
+    sampled = sample_voxels(sure, torch.zeros(1, 3, 3, 3, dtype=torch.uint8), EXCLUSIVE)
     assert [len(part) for part in sampled] == [0, 0]
     assert len(joined([empty, overconfident(100, 1.0)])[0]) == 100
 
@@ -213,5 +214,5 @@ def test_samples_of_many_voxels_stay_among_them():
     logits = torch.zeros(2, 2**24 + 4, 1, 1)
     labels = torch.zeros(1, 2**24 + 4, 1, 1, dtype=torch.uint8)
     labels[0, -1] = 1
-    _, sampled = sample_voxels(logits, labels, regions=False)
+    _, sampled = sample_voxels(logits, labels, EXCLUSIVE)
     assert sampled[-1] == 1

@@ -14,6 +14,7 @@ from plans import THICK_SLICES, make_plan
 from tokenseg.config import PRESETS
 from tokenseg.model.network import TokenSeg
 from tokenseg.model.refiner import SparseRefiner, _neighbours
+from tokenseg.outputs import EXCLUSIVE, Outputs
 
 SIZE = (6, 5, 7)
 COUNT = 6 * 5 * 7
@@ -24,7 +25,7 @@ def make_refiner(
 ) -> SparseRefiner:
     """A refiner that does change logits, which it does not at first."""
     torch.manual_seed(0)
-    refiner = SparseRefiner(2, 4, block_vox, outputs, regions=regions, fraction=fraction)
+    refiner = SparseRefiner(2, 4, block_vox, outputs, meaning=Outputs(regions), fraction=fraction)
     nn.init.normal_(refiner.change.weight)
     return refiner
 
@@ -44,7 +45,7 @@ def changed_blocks(before: Tensor, after: Tensor) -> Tensor:
 
 def test_it_starts_as_nothing() -> None:
     intensities, features, logits = make_inputs()
-    refiner = SparseRefiner(2, 4, 8, 2, regions=False, fraction=1.0)
+    refiner = SparseRefiner(2, 4, 8, 2, meaning=EXCLUSIVE, fraction=1.0)
     assert torch.equal(refiner(intensities, features, logits), logits)
 
 

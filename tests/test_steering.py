@@ -19,7 +19,6 @@ from tokenseg.inference.predict import segment_volume
 from tokenseg.inference.steering import (
     cover,
     fine_share,
-    foreground_probability,
     kept_voxels,
     look_coarsely,
     predict_full,
@@ -27,6 +26,7 @@ from tokenseg.inference.steering import (
     ramps_of,
 )
 from tokenseg.inference.windows import forward_of, predict_logits, window_corners
+from tokenseg.outputs import EXCLUSIVE, REGIONS
 from tokenseg.plan_grid.coarse import coarse_image
 from tokenseg.plan_grid.preprocess import rows_of
 from tokenseg.saved_model.checkpoint import Model
@@ -252,12 +252,10 @@ def test_probable_voxels_are_kept():
 
 
 def test_foreground_is_what_is_no_background():
-    exclusive = foreground_probability(
-        torch.log(torch.tensor([0.2, 0.5, 0.3])).reshape(3, 1, 1, 1), make_plan(labels=2)
-    )
+    exclusive = EXCLUSIVE.foreground(torch.log(torch.tensor([0.2, 0.5, 0.3])).reshape(3, 1, 1, 1))
     assert exclusive.item() == pytest.approx(0.8)
     regions = torch.logit(torch.tensor([0.2, 0.5])).reshape(2, 1, 1, 1)
-    assert foreground_probability(regions, make_plan(labels=2, regions=True)).item() == pytest.approx(0.5)
+    assert REGIONS.foreground(regions).item() == pytest.approx(0.5)
 
 
 def test_a_coarse_view_that_is_smaller_than_a_window_comes_back_in_its_size():

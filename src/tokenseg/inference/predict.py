@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from tokenseg.errors import ConfigError, ModelError
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.quality import QualityMeter
 from tokenseg.inference.steering import choose_route, logits_rows
+from tokenseg.outputs import outputs_of
 from tokenseg.plan_grid.preprocess import GridRecord, Rows, open_scan
 from tokenseg.plan_grid.probabilities import ProbabilityFile
 from tokenseg.plan_grid.restore import empty_mask, restore_rows, slabs_of
@@ -119,7 +119,7 @@ def _opened(path: Path | None, record: GridRecord, plan: Plan, temperature: floa
     if path is None:
         yield None
         return
-    file = ProbabilityFile(path, record, plan.num_outputs, regions=plan.regions, temperature=temperature)
+    file = ProbabilityFile(path, record, plan.num_outputs, outputs_of(plan), temperature)
     try:
         file.begin()
         yield file
@@ -153,12 +153,13 @@ def _averaged(
     answers: Sequence[Iterator[Float[Tensor, "L b c"]]], model: Model, watch: Stopwatch
 ) -> Iterator[Float[Tensor, "L b c"]]:
     """Rows of the mean of several models, the time counted to the network."""
+    outputs = outputs_of(model.facts.plan)
     while True:
         with watch.stage("network"):
             rows = [next(answer, None) for answer in answers]
             if any(row is None for row in rows):
                 return
-            row = _average([row for row in rows if row is not None], regions=model.facts.plan.regions)
+            row = outputs.mean_logits([row for row in rows if row is not None])
             check_finite(row, model)
         yield row
 
@@ -188,12 +189,3 @@ def check_ensemble(models: Sequence[Model]) -> None:
                 f"models {first.name!r} and {model.facts.name!r} were trained with different plans; "
                 "average only folds of one plan (train the folds with the same --config)"
             )
-
-
-def _average(logits: list[Float[Tensor, "L b c"]], *, regions: bool) -> Float[Tensor, "L b c"]:
-    """Mean of the probabilities, as logits."""
-    if len(logits) == 1:
-        return logits[0]
-    if regions:
-        return torch.stack([each.sigmoid() for each in logits]).mean(dim=0).logit(eps=1e-7)
-    return torch.stack([each.softmax(dim=0) for each in logits]).mean(dim=0).clamp(min=1e-7).log()

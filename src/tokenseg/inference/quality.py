@@ -10,14 +10,13 @@ unsure; an error of which it is sure does not show.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from pydantic import Field
 from scipy.ndimage import label
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from tokenseg.config import Plan, Settings
 from tokenseg.files import is_json_with
 from tokenseg.imaging.boxes import box_of, box_of_planes
+from tokenseg.outputs import outputs_of
 from tokenseg.plan_grid.preprocess import GridRecord
 from tokenseg.plan_grid.restore import painted_values
 from tokenseg.saved_model.checkpoint import ModelFacts, QualityFacts
@@ -83,7 +83,7 @@ class QualityMeter:
             record: Of the scan.
             known: With the temperature; None where there is none.
         """
-        self._regions, self._known = plan.regions, known or QualityFacts()
+        self._outputs, self._known = outputs_of(plan), known or QualityFacts()
         self.temperature = self._known.temperature
         count = len(plan.labels)
         self._probability, self._mask, self._both = (np.zeros(count) for _ in range(3))
@@ -98,21 +98,10 @@ class QualityMeter:
     def add(self, number: int, row: Float[Tensor, "L b c"], first: int) -> None:
         """Count a row, or a stretch of it that begins at voxel `first` of the second axis."""
         logits = row / self.temperature
-        box = box_of(self._suspected(logits).numpy())
+        box = box_of(self._outputs.may_exceed(logits, CANDIDATE).numpy())
         if box is None:  # sure background takes most of a scan, and no time
             return
-        logits = logits[:, box[0], box[1]]
-        if self._regions:
-            probability, found = logits.sigmoid(), logits > 0
-            foreground = probability.amax(dim=0)
-            unsure = foreground.clamp(1e-7, 1 - 1e-7)
-            entropy = -(unsure * unsure.log() + (1 - unsure) * (1 - unsure).log())
-        else:
-            logs = logits.log_softmax(dim=0)
-            every = logs.exp()
-            probability, foreground = every[1:], (1 - every[0]).clamp(0, 1)
-            found = logits.argmax(dim=0) == torch.arange(1, len(logits))[:, None, None]
-            entropy = -(every * logs).sum(dim=0)
+        probability, found, foreground, entropy = self._outputs.certainty(logits[:, box[0], box[1]])
         candidate = foreground >= CANDIDATE
         probability = probability * candidate
         self._probability += _sums(probability)
@@ -123,12 +112,6 @@ class QualityMeter:
         self._foreground += float(foreground.sum(dtype=torch.float64))
         self._unsure += float((foreground * ((foreground > low) & (foreground < high))).sum(dtype=torch.float64))
         self._add_cells(number, first, box, (entropy * candidate).double(), candidate.double())
-
-    def _suspected(self, logits: Float[Tensor, "L b c"]) -> Bool[Tensor, "b c"]:
-        """Voxels that are candidates, and a few more: cheap to tell."""
-        if self._regions:
-            return logits.amax(dim=0) >= math.log(CANDIDATE)
-        return logits[1:].amax(dim=0) - logits[0] >= math.log(CANDIDATE / (len(logits) - 1))
 
     def _add_cells(
         self,

@@ -35,6 +35,7 @@ from tokenseg.inference.windows import (
     window_corners,
     window_rows,
 )
+from tokenseg.outputs import outputs_of
 from tokenseg.plan_grid.coarse import coarse_image
 from tokenseg.plan_grid.preprocess import Rows, rows_of
 from tokenseg.plan_grid.resampling import axis_between, between, interpolated
@@ -174,15 +175,8 @@ def kept_voxels(
         plan: Says how outputs are to be read.
         least_probability: Voxels are kept from this probability of foreground on.
     """
-    kept: Bool[np.ndarray, "Xc Yc Zc"] = foreground_probability(logits, plan) >= least_probability
+    kept: Bool[np.ndarray, "Xc Yc Zc"] = outputs_of(plan).foreground(logits).numpy() >= least_probability
     return kept
-
-
-def foreground_probability(logits: Float[Tensor, "L X Y Z"], plan: Plan) -> Float[np.ndarray, "X Y Z"]:
-    """Probability that a voxel is no background; of regions, the largest."""
-    if plan.regions:
-        return logits.sigmoid().amax(dim=0).numpy()
-    return 1 - logits.softmax(dim=0)[0].numpy()
 
 
 def cover(kept: Bool[np.ndarray, "Xc Yc Zc"], size: Vox3, window: Vox3, factor: Vox3) -> list[Corner]:

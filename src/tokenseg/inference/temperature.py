@@ -13,7 +13,6 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from tokenseg.datasets.cases import Case, Dataset
 from tokenseg.datasets.layouts import load_case
 from tokenseg.inference.steering import predict_steered
+from tokenseg.outputs import Outputs, outputs_of
 from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels
 from tokenseg.progress import Progress
 from tokenseg.saved_model.checkpoint import Model, QualityFacts
@@ -51,34 +51,34 @@ def calibrate(model: Model, cases: Sequence[Case], dataset: Dataset, progress: P
     places = np.linspace(0, len(cases) - 1, min(len(cases), MAX_CASES)).round().astype(int)
     chosen = [cases[place] for place in places]
     plan, samples = model.facts.plan, []
+    outputs = outputs_of(plan)
     progress.stage("calibrating", len(chosen))
     for case in chosen:
         loaded = load_case(dataset, case)
         prepared = prepare_image(loaded.volume, plan, covering=loaded.mask)
         logits = predict_steered(model, prepared.image).logits
         labels = torch.from_numpy(prepare_labels(loaded.mask, prepared.record, plan))
-        samples.append(sample_voxels(logits, labels, regions=plan.regions))
+        samples.append(sample_voxels(logits, labels, outputs))
         progress.advance(case.case_id)
     told = [sample for sample in samples if len(sample[0])]  # of a case without any suspicion there is nothing
     if not told or not all(torch.isfinite(logits).all() for logits, _ in told):
         return QualityFacts()
-    temperature = fit_temperature(*joined(told), regions=plan.regions)
-    errors = cross_fitted_error(told, regions=plan.regions) if len(told) > 1 else None
+    temperature = fit_temperature(*joined(told), outputs)
+    errors = cross_fitted_error(told, outputs) if len(told) > 1 else None
     return QualityFacts(temperature=round(temperature, 4), num_cases=len(told), calibration_error=errors)
 
 
 def sample_voxels(
-    logits: Float[Tensor, "L X Y Z"], labels: Integer[Tensor, "R X Y Z"], *, regions: bool
+    logits: Float[Tensor, "L X Y Z"], labels: Integer[Tensor, "R X Y Z"], outputs: Outputs
 ) -> tuple[Float[Tensor, "n L"], Integer[Tensor, "n R"]]:
     """Logits and labels of some voxels that may be foreground or are; all else is sure and would drown them.
 
     Args:
         logits: Of a case, on the plan's grid.
         labels: Label indices in one map, or a 0/1 map a region.
-        regions: Which of them.
+        outputs: Which of them.
     """
-    foreground = logits.sigmoid().amax(dim=0) if regions else 1 - logits.softmax(dim=0)[0]
-    wanted: Bool[Tensor, "X Y Z"] = (foreground > 0.01) | (labels != 0).any(dim=0)
+    wanted: Bool[Tensor, "X Y Z"] = (outputs.foreground(logits) > 0.01) | (labels != 0).any(dim=0)
     places = wanted.flatten().nonzero()[:, 0]
     last = max(0, len(places) - 1)
     # Float32 would count beyond the last of many.
@@ -87,31 +87,21 @@ def sample_voxels(
     return logits.flatten(1)[:, places].T, labels.flatten(1)[:, places].T.long()
 
 
-def fit_temperature(logits: Float[Tensor, "n L"], labels: Integer[Tensor, "n R"], *, regions: bool) -> float:
+def fit_temperature(logits: Float[Tensor, "n L"], labels: Integer[Tensor, "n R"], outputs: Outputs) -> float:
     """The temperature under which labels are most likely, between 0.1 and 10."""
 
     def loss(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        if regions:
-            return float(F.binary_cross_entropy_with_logits(scaled, labels.float()))
-        return float(F.cross_entropy(scaled, labels[:, 0]))
+        return outputs.likelihood_loss(logits / np.exp(log_temperature), labels)
 
     found = minimize_scalar(loss, bounds=np.log(_RANGE), method="bounded")
     return float(np.exp(found.x))
 
 
 def calibration_error(
-    logits: Float[Tensor, "n L"], labels: Integer[Tensor, "n R"], temperature: float, *, regions: bool
+    logits: Float[Tensor, "n L"], labels: Integer[Tensor, "n R"], temperature: float, outputs: Outputs
 ) -> float:
     """Expected calibration error, 0 to 1; over regions, of all of them."""
-    scaled = logits / temperature
-    if regions:
-        probability = scaled.sigmoid()
-        confidence = torch.maximum(probability, 1 - probability).flatten()
-        right = ((scaled > 0) == (labels > 0)).flatten()
-    else:
-        best = scaled.softmax(dim=1).max(dim=1)
-        confidence, right = best.values, best.indices == labels[:, 0]
+    confidence, right = outputs.confidence(logits / temperature, labels)
     bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)
     counts = torch.bincount(bins, minlength=NUM_BINS).double()
     sums = [
@@ -120,7 +110,7 @@ def calibration_error(
     return float((sums[0] - sums[1]).abs().sum() / counts.sum())
 
 
-def cross_fitted_error(cases: Sequence[Voxels], *, regions: bool) -> tuple[float, float]:
+def cross_fitted_error(cases: Sequence[Voxels], outputs: Outputs) -> tuple[float, float]:
     """Calibration error without temperature, and with one: fitted on every other case, taken on the rest, both ways."""
     halves = [cases[::2], cases[1::2]]
     before, after = [], []
@@ -128,9 +118,9 @@ def cross_fitted_error(cases: Sequence[Voxels], *, regions: bool) -> tuple[float
         if not fitted or not taken:
             continue
         logits, labels = joined(taken)
-        temperature = fit_temperature(*joined(fitted), regions=regions)
-        before.append(calibration_error(logits, labels, 1.0, regions=regions))
-        after.append(calibration_error(logits, labels, temperature, regions=regions))
+        temperature = fit_temperature(*joined(fitted), outputs)
+        before.append(calibration_error(logits, labels, 1.0, outputs))
+        after.append(calibration_error(logits, labels, temperature, outputs))
     return float(np.mean(before)), float(np.mean(after))
 
 

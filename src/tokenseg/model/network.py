@@ -23,6 +23,7 @@ from tokenseg.model.mixer import TokenMixer
 from tokenseg.model.quantizer import Quantized, VectorQuantizer, build_quantizer
 from tokenseg.model.refiner import BlockLogits, SparseRefiner
 from tokenseg.model.selection import gather_tokens, scatter_tokens, select_tokens
+from tokenseg.outputs import outputs_of
 from tokenseg.shapes import Codes, Features, Images, Logits, TokenFlags, Tokens
 
 
@@ -86,7 +87,7 @@ class TokenSeg(nn.Module):
                 config.widths[0],
                 prod(self.stem_stride),
                 plan.num_outputs,
-                regions=plan.regions,
+                meaning=outputs_of(plan),
                 fraction=config.refine_fraction,
             )
             if config.refine_fraction

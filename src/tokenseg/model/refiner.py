@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenseg.model.blocks import is_traced
+from tokenseg.outputs import Outputs
 from tokenseg.shapes import Features
 
 BlockLogits: TypeAlias = Float[Tensor, "B Xl Yl Zl _"]
@@ -32,17 +33,17 @@ class SparseRefiner(nn.Module):
         width: W of the features at 1/2; the perceptron is four times as wide.
         block_vox: S, voxels of a block.
         num_outputs: L, output channels of the network.
-        regions: Whether outputs may overlap (sigmoid) or exclude each other (softmax).
+        meaning: Of these outputs.
         fraction: Share of the blocks that are refined, above 0; 1 refines all.
     """
 
     averaging: Tensor
 
     def __init__(
-        self, image_channels: int, width: int, block_vox: int, num_outputs: int, *, regions: bool, fraction: float
+        self, image_channels: int, width: int, block_vox: int, num_outputs: int, *, meaning: Outputs, fraction: float
     ) -> None:
         super().__init__()
-        self.one_in, self.regions = max(1, round(1 / fraction)), regions
+        self.one_in, self.meaning = max(1, round(1 / fraction)), meaning
         self.register_buffer("averaging", torch.eye(num_outputs).repeat(1, block_vox) / block_vox, persistent=False)
         hidden = 4 * width
         self.near = nn.Linear(7 * block_vox * image_channels, hidden)
@@ -77,8 +78,7 @@ class SparseRefiner(nn.Module):
         """Places of the blocks to refine; as many in each volume."""
         # One label after the other, since reductions over a last axis of two or three are several times slower.
         averages = torch.matmul(self.averaging.to(rows.dtype), rows.detach().t()).float()
-        lead = averages.abs().amin(dim=0) if self.regions else averages.amax(dim=0) - averages.logsumexp(dim=0)
-        lead = lead.reshape(batch, -1)
+        lead = self.meaning.lead(averages).reshape(batch, -1)
         count = lead.shape[1]
         take = (count + self.one_in - 1) // self.one_in
         places = lead.topk(take, dim=1, largest=False, sorted=False).indices

@@ -14,7 +14,7 @@ from functools import reduce
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from tokenseg.config import Plan
@@ -32,6 +32,7 @@ from tokenseg.imaging.orientation import (
 )
 from tokenseg.imaging.volume import Mask, Volume
 from tokenseg.messages import times
+from tokenseg.outputs import outputs_of
 from tokenseg.plan_grid.intensities import Scaling, channel_terms, check_channels, find_scalings
 from tokenseg.plan_grid.resampling import axis_between, between, interpolated, resampled
 from tokenseg.shapes import ImageArray
@@ -234,14 +235,12 @@ def prepare_labels(mask: Mask, record: GridRecord, plan: Plan) -> UInt8[np.ndarr
             f"mask has {num_lost} foreground voxel(s) in the constant border that was cropped off its image; "
             "prepare the image with covering=mask"
         )
-    values = [label.values for label in plan.labels]
+    outputs = outputs_of(plan)
     shares = (
         resampled(torch.from_numpy(np.isin(cropped, value).astype(np.float32)), record.grid_shape)
-        for value in (values if plan.regions else [(0,), *values])
+        for value in outputs.mask_values([label.values for label in plan.labels])
     )
-    if plan.regions:
-        return np.stack([(share > 0.5).numpy().astype(np.uint8) for share in shares])
-    return largest(shares, range(plan.num_outputs), torch.uint8).numpy()[np.newaxis]
+    return outputs.labels_of_shares(shares, plan.num_outputs).numpy()
 
 
 def _find_way(volume: Volume, plan: Plan, covering: Mask | None) -> GridRecord:
@@ -307,17 +306,6 @@ def _to_ras(
     ]
     turned = [sides[stored] for stored in np.argsort(axes)]
     return shape3(start for start, _ in turned), shape3(stop for _, stop in turned)
-
-
-def largest(scores: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "*shape"]:
-    """Give each voxel the value whose score is largest, the first in a tie, holding two scores at a time."""
-    remaining = iter(scores)
-    best = next(remaining)
-    winner = torch.full_like(best, values[0], dtype=dtype)
-    for score, value in zip(remaining, values[1:], strict=True):
-        winner.masked_fill_(score > best, value)
-        best = torch.maximum(best, score)
-    return winner
 
 
 def _check_mask_shape(mask: Mask, native_shape: Shape3) -> None:

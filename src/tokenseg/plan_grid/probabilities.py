@@ -18,6 +18,7 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 
 from tokenseg.files import DAMAGED_ARRAY, put_in_place, temporary_beside, writing
+from tokenseg.outputs import Outputs
 from tokenseg.plan_grid.preprocess import GridRecord
 
 _DTYPE = np.dtype("<f2")
@@ -39,16 +40,16 @@ class ProbabilityFile:
         path: Where it goes in the end.
         record: Of the scan.
         num_outputs: L.
-        regions: Whether outputs are overlapping regions.
+        meaning: Of these outputs.
         temperature: By what logits are divided (`inference/temperature.py`).
 
     Raises:
         FileError: It cannot be written, or the disk is full.
     """
 
-    def __init__(self, path: Path, record: GridRecord, num_outputs: int, *, regions: bool, temperature: float) -> None:
+    def __init__(self, path: Path, record: GridRecord, num_outputs: int, meaning: Outputs, temperature: float) -> None:
         self._path, self._temporary = path, temporary_beside(path)
-        self._record, self._regions, self._temperature = record, regions, temperature
+        self._record, self._meaning, self._temperature = record, meaning, temperature
         shape = (num_outputs, *record.native_shape)
         # In Fortran's order the last axis is the slowest, in C's the first: rows across it lie in few pieces.
         self._fortran = record.axes.index(record.order[0]) == len(record.axes) - 1
@@ -65,7 +66,7 @@ class ProbabilityFile:
             np.lib.format.write_array_header_1_0(self._file, header)
             self._start = self._file.tell()
             self._file.truncate(self._start + math.prod(shape) * _DTYPE.itemsize)
-            if self._record.crop_shape != self._record.canonical_shape and not self._regions:
+            if self._record.crop_shape != self._record.canonical_shape and self._meaning.first_label:
                 self._fill_background()
 
     def end(self) -> None:
@@ -90,8 +91,7 @@ class ProbabilityFile:
 
     def write(self, number: int, stretch: slice, logits: Float[Tensor, "L b c"]) -> None:
         """Write a stretch of a row from logits on the scan's own grid; both are counted within what was kept of it."""
-        scaled = logits / self._temperature
-        values = (scaled.sigmoid() if self._regions else scaled.softmax(dim=0)).numpy().astype(_DTYPE)
+        values = self._meaning.probabilities(logits / self._temperature).numpy().astype(_DTYPE)
         record = self._record
         kept = (slice(number, number + 1), stretch, slice(0, values.shape[2]))
         places = [record.order.index(axis) for axis in record.axes]

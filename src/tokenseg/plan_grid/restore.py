@@ -8,7 +8,7 @@ planes exist at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from tokenseg.config import Label, Plan
 from tokenseg.errors import GeometryError
 from tokenseg.imaging.boxes import box_of
 from tokenseg.imaging.orientation import turn_to_ras
-from tokenseg.plan_grid.preprocess import GridRecord, largest
+from tokenseg.outputs import outputs_of
+from tokenseg.plan_grid.preprocess import GridRecord
 from tokenseg.plan_grid.probabilities import ProbabilityFile
 from tokenseg.plan_grid.resampling import Axis, axis_between, between, interpolated
 from tokenseg.shapes import MaskArray
@@ -152,10 +153,8 @@ def restore_labels(labels: UInt8[np.ndarray, "R Xp Yp Zp"], record: GridRecord, 
     Raises:
         GeometryError: The maps are not on the grid of the record.
     """
-    maps = torch.from_numpy(labels)
-    if plan.regions:
-        return restore_logits(maps.float() - 0.5, record, plan)
-    return restore_logits(torch.cat([maps == value for value in range(plan.num_outputs)]).float(), record, plan)
+    logits = outputs_of(plan).sure_logits(torch.from_numpy(labels), plan.num_outputs)
+    return restore_logits(logits, record, plan)
 
 
 def _paint(
@@ -163,8 +162,8 @@ def _paint(
 ) -> None:
     """Paint one plane of the scan where any foreground can be: between voxels that have some."""
     # Interpolated values lie between those that they come from, also when rounded: no foreground is missed.
-    found = logits > 0 if plan.regions else logits[1:] > logits[:1]
-    box = box_of(found.any(dim=0).numpy())
+    outputs = outputs_of(plan)
+    box = box_of(outputs.may_be_found(logits).numpy())
     if box is None:
         return
     touched = [slice(*axis.touching(side.start, side.stop)) for axis, side in zip(across, box, strict=True)]
@@ -172,15 +171,4 @@ def _paint(
     resampled = (interpolated(logit, needed) for logit in logits)
     values = [label.output_value for label in plan.labels]
     dtype = torch.uint8 if plane.dtype == np.uint8 else torch.int32
-    painted = _painted(resampled, values, dtype) if plan.regions else largest(resampled, [0, *values], dtype)
-    plane[tuple(touched)] = painted.numpy()
-
-
-def _painted(logits: Iterable[Tensor], values: Sequence[int], dtype: torch.dtype) -> Integer[Tensor, "*shape"]:
-    """Give each voxel the value of the last region whose logit is positive, 0 where there is none."""
-    pairs = zip(logits, values, strict=True)
-    logit, value = next(pairs)
-    painted = (logit > 0).to(dtype) * value
-    for logit, value in pairs:
-        painted.masked_fill_(logit > 0, value)
-    return painted
+    plane[tuple(touched)] = outputs.painted(resampled, values, dtype).numpy()

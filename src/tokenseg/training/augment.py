@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, UInt8
 from monai.transforms.compose import Compose
 from monai.transforms.intensity.dictionary import (
     RandAdjustContrastd,
@@ -20,6 +19,7 @@ from monai.transforms.spatial.dictionary import RandAffined, RandFlipd, RandSimu
 from torch import Tensor
 
 from tokenseg.config import Plan
+from tokenseg.outputs import outputs_of
 
 Window: TypeAlias = dict[str, Tensor]
 Augmentation: TypeAlias = Callable[[Window, int], Window]
@@ -54,13 +54,14 @@ def build_augmentation(plan: Plan) -> Augmentation:
         ]
     )
 
+    outputs = outputs_of(plan)
+
     def augment(window: Window, seed: int) -> Window:
         transforms.set_random_state(seed=seed)
-        maps = window["labels"].float() if plan.regions else _map_a_label(window["labels"], len(plan.labels))
+        maps = outputs.label_maps(window["labels"], len(plan.labels))
         result = transforms({"image": window["image"], "labels": maps})
-        moved = _plain(result["labels"])
-        labels = (moved > 0.5) if plan.regions else _strongest(moved)
-        return {"image": _plain(result["image"]).float(), "labels": labels.to(torch.uint8)}
+        labels = outputs.labels_of(_plain(result["labels"]))
+        return {"image": _plain(result["image"]).float(), "labels": labels}
 
     return augment
 
@@ -69,17 +70,6 @@ def leave_unchanged(window: Window, seed: int) -> Window:
     """Stand in for an augmentation where `TrainConfig.augment` is False."""
     del seed
     return {"image": window["image"].float(), "labels": window["labels"]}
-
-
-def _map_a_label(labels: UInt8[Tensor, "1 X Y Z"], num_labels: int) -> Float[Tensor, "n X Y Z"]:
-    """One 0/1 map a label, since the values themselves cannot be interpolated."""
-    return torch.cat([labels == value for value in range(1, num_labels + 1)]).float()
-
-
-def _strongest(maps: Float[Tensor, "n X Y Z"]) -> Integer[Tensor, "1 X Y Z"]:
-    """The label with the largest share of each voxel, background included."""
-    background = 1 - maps.sum(dim=0, keepdim=True)
-    return torch.cat([background, maps]).argmax(dim=0, keepdim=True)
 
 
 def _is_sided(plan: Plan) -> bool:

@@ -24,6 +24,7 @@ from tokenseg.datasets.cases import Case, Dataset
 from tokenseg.datasets.layouts import load_case
 from tokenseg.errors import FileError, TokenSegError
 from tokenseg.files import DAMAGED_ARRAY, remove_leftovers, write_atomically
+from tokenseg.outputs import Outputs, outputs_of
 from tokenseg.plan_grid.coarse import coarse_image, coarse_labels
 from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels
 from tokenseg.progress import Progress
@@ -82,7 +83,7 @@ def _prepare(dataset: Dataset, case: Case, plan: Plan, folder: Path) -> None:
         labels = prepare_labels(loaded.mask, prepared.record, plan)
     except TokenSegError as error:
         raise type(error)(f"case {case.case_id}: {error}") from error
-    _save_all(folder, prepared.image, labels, regions=plan.regions)
+    _save_all(folder, prepared.image, labels, outputs_of(plan))
 
 
 def _open_with_coarse(case_id: str, folder: Path, plan: Plan) -> PreparedCase:
@@ -93,25 +94,24 @@ def _open_with_coarse(case_id: str, folder: Path, plan: Plan) -> PreparedCase:
     if not (coarse_folder / "points.npy").exists():
         image = coarse_image(case.image, plan.coarse_factor)
         labels = coarse_labels(case.labels, plan.coarse_factor)
-        _save_all(coarse_folder, image, labels, regions=plan.regions)
+        _save_all(coarse_folder, image, labels, outputs_of(plan))
     return replace(case, coarse=_open(case_id, coarse_folder))
 
 
-def _save_all(folder: Path, image: ImageArray, labels: UInt8[np.ndarray, "R X Y Z"], *, regions: bool) -> None:
+def _save_all(folder: Path, image: ImageArray, labels: UInt8[np.ndarray, "R X Y Z"], outputs: Outputs) -> None:
     remove_leftovers(folder)
     _save(folder / "image.npy", image)
     _save(folder / "labels.npy", labels)
-    _save(folder / "points.npy", _sample_points(labels, regions=regions))
+    _save(folder / "points.npy", _sample_points(labels, outputs))
 
 
-def _sample_points(labels: UInt8[np.ndarray, "R X Y Z"], *, regions: bool) -> Int32[np.ndarray, "n 4"]:
-    maps = list(enumerate(labels)) if regions else [(v, labels[0] == v) for v in np.unique(labels) if v]
+def _sample_points(labels: UInt8[np.ndarray, "R X Y Z"], outputs: Outputs) -> Int32[np.ndarray, "n 4"]:
     rng = np.random.default_rng(0)
     samples = []
-    for number, present in maps:
+    for number, present in outputs.present(labels):
         places = np.argwhere(present)
         chosen = places[rng.permutation(len(places))[:POINTS_PER_LABEL]]
-        samples.append(np.column_stack([np.full(len(chosen), int(number)), chosen]))
+        samples.append(np.column_stack([np.full(len(chosen), number), chosen]))
     return np.concatenate(samples or [np.zeros((0, 4))]).astype(np.int32)
 
 

@@ -24,6 +24,7 @@ from tokenseg.config import Plan, TrainConfig
 from tokenseg.errors import TrainingError
 from tokenseg.inference.windows import num_windows, predict_logits, torch_forward
 from tokenseg.model.network import TokenSeg
+from tokenseg.outputs import outputs_of
 from tokenseg.processes import mean_over_processes
 from tokenseg.progress import Progress
 from tokenseg.training.batches import Batch, TrainingBatches
@@ -210,12 +211,11 @@ def quick_dice(network: nn.Module, cases: Sequence[PreparedCase], plan: Plan, de
     A missed label counts 0; a label that is absent from reference and prediction is left out; nothing left gives 0.
     """
     network.eval()
-    scores = []
+    outputs, scores = outputs_of(plan), []
     for case in _quick_cases(cases, plan):
         logits = predict_logits(torch_forward(network, device), np.array(case.image), plan)
-        for number in range(len(plan.labels)):
-            reference = case.labels[number] > 0 if plan.regions else case.labels[0] == number + 1
-            predicted = (logits[number] > 0 if plan.regions else logits.argmax(dim=0) == number + 1).numpy()
+        for number, predicted in enumerate(outputs.found(logits).numpy()):
+            reference = outputs.label_place(case.labels, number)
             total = int(reference.sum()) + int(predicted.sum())
             if total:
                 scores.append(2 * int((reference & predicted).sum()) / total)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenseg.config import Plan, TrainConfig
 from tokenseg.model.network import TokenRecord, TokenSegOutput
+from tokenseg.outputs import Outputs, outputs_of
 from tokenseg.processes import sum_over_processes
 from tokenseg.shapes import Logits
 
@@ -54,16 +55,16 @@ def training_loss(
         coarse_view: The windows are coarse views of whole cases, which are asked where to look: `recall_loss` in place
             of Dice and cross-entropy, and no deep supervision.
     """
-    regions = plan.regions
+    meaning = outputs_of(plan)
     if coarse_view:
-        segmentation = recall_loss(output.logits, labels.amax(dim=1) > 0, regions=regions)
+        segmentation = recall_loss(output.logits, labels.amax(dim=1) > 0, meaning)
         # Times zero and not left out: several processes wait for a gradient of every weight.
         deep = [0 * logits.float().sum() for logits in output.deep_logits]
     else:
-        targets = one_hot(labels, output.logits.shape[1], regions=regions)
-        segmentation = segmentation_loss(output.logits, targets, regions=regions)
+        targets = meaning.targets(labels, output.logits.shape[1])
+        segmentation = segmentation_loss(output.logits, targets, meaning)
         deep = [
-            segmentation_loss(logits, coarse_targets(targets, logits, stride), regions=regions)
+            segmentation_loss(logits, coarse_targets(targets, logits, stride), meaning)
             for logits, stride in zip(output.deep_logits, plan.total_strides[1:3], strict=False)
         ]
     zero = segmentation.new_zeros(())
@@ -79,13 +80,6 @@ def training_loss(
     return LossParts(total, segmentation, deep_mean, commitment, score)
 
 
-def one_hot(labels: Integer[Tensor, "B R X Y Z"], num_outputs: int, *, regions: bool) -> Targets:
-    """Turn labels into one 0/1 map an output; exclusive labels get a background map first."""
-    if regions:
-        return labels.float()
-    return nn.functional.one_hot(labels[:, 0].long(), num_outputs).movedim(-1, 1).float()
-
-
 def coarse_targets(
     targets: Targets, logits: Float[Tensor, "B L x y z"], stride: tuple[int, int, int]
 ) -> Float[Tensor, "B L x y z"]:
@@ -96,38 +90,28 @@ def coarse_targets(
     return nn.functional.avg_pool3d(nn.functional.pad(targets, padding), stride)
 
 
-def segmentation_loss(logits: Logits, targets: Targets, *, regions: bool) -> Float[Tensor, ""]:
+def segmentation_loss(logits: Logits, targets: Targets, meaning: Outputs) -> Float[Tensor, ""]:
     """Soft Dice loss plus cross-entropy; `targets` may be fractions after averaging.
 
     Dice sums over the whole batch, windows of other processes included, so that one without foreground does not ask for
     an empty answer at full weight.
     """
-    logits = logits.float()
-    if regions:
-        probabilities = logits.sigmoid()
-        entropy = nn.functional.binary_cross_entropy_with_logits(logits, targets)
-    else:
-        log_probabilities = logits.log_softmax(dim=1)
-        probabilities = log_probabilities.exp()
-        entropy = -(targets * log_probabilities).sum(dim=1).mean()
-    first = 0 if regions else 1
+    probabilities, entropy = meaning.scored(logits.float(), targets)
     axes = (0, 2, 3, 4)
-    sums = [each.sum(dim=axes)[first:] for each in (probabilities * targets, probabilities + targets)]
+    sums = [each.sum(dim=axes)[meaning.first_label :] for each in (probabilities * targets, probabilities + targets)]
     overlap, sizes = sum_over_processes(torch.stack(sums))
     dice = (2 * overlap + 1e-5) / (sizes + 1e-5)
     loss: Tensor = (1 - dice.mean()) + entropy
     return loss
 
 
-def recall_loss(logits: Logits, foreground: Bool[Tensor, "B X Y Z"], *, regions: bool) -> Float[Tensor, ""]:
+def recall_loss(logits: Logits, foreground: Bool[Tensor, "B X Y Z"], meaning: Outputs) -> Float[Tensor, ""]:
     """Cross-entropy of foreground against background, in which both weigh the same however few voxels one has.
 
     Dice and plain cross-entropy teach a coarse view the large lesions only: the voxels of a small one weigh next to
     nothing. A batch that has only one of the two counts that one, with its half.
     """
-    logits = logits.float()
-    # The logit that a voxel is anything but background; of regions, that of the likeliest, as steering reads it.
-    logit = logits.amax(dim=1) if regions else logits[:, 1:].logsumexp(dim=1) - logits[:, 0]
+    logit = meaning.foreground_logits(logits.float())
     entropy = nn.functional.binary_cross_entropy_with_logits(logit, foreground.float(), reduction="none")
     halves = (foreground.float(), (~foreground).float())
     sums = [torch.stack([(entropy * half).sum(), half.sum()]) for half in halves]
