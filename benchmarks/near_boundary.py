@@ -21,7 +21,7 @@ from tokenseg.datasets.cases import Case, Dataset
 from tokenseg.datasets.layouts import load_case, open_dataset
 from tokenseg.saved_model.checkpoint import Model, load_model
 from tokenseg.tokens.boundary import NearBoundary
-from tokenseg.tokens.report import report_tokens
+from tokenseg.tokens.find import report_tokens
 
 FIGURES = ("share", "base_rate", "enrichment", "ceiling")
 COLUMNS = ("date", "dataset", "run", "n", "radius_mm", "kept", *FIGURES)

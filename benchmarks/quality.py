@@ -25,13 +25,13 @@ from scipy.stats import spearmanr
 from tokenseg.benchmark.rows import Row, append
 from tokenseg.datasets.layouts import LabelledCase, load_case, open_dataset
 from tokenseg.datasets.splits import split_folds
-from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.inference.predict import Manner, segment_scan
 from tokenseg.inference.temperature import calibrate
 from tokenseg.planning.suitability import check_input
 from tokenseg.progress import Silent
 from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.segmentation.provenance import commit
-from tokenseg.stopwatch import Stopwatch
 
 HERE = Path(__file__).parent
 SIGNALS = ("expected_dice", "near_boundary", "entropy")
@@ -113,7 +113,7 @@ def main() -> None:
 def figures(model: Model, loaded: LabelledCase) -> Row:
     """Dice of a scan, its signals and how many flags it has."""
     plan = model.facts.plan
-    done = segment_in_slabs([model], loaded.volume, Stopwatch(), full=False, num_slabs=1)
+    done = segment_scan(Ensemble.of([model]), loaded.volume, Manner(num_slabs=1))
     voxel_ml = abs(np.linalg.det(loaded.volume.affine[:3, :3])) / 1000
     volumes_ml = {
         label.name: voxel_ml * np.count_nonzero(np.isin(done.mask, label.output_value)) for label in plan.labels

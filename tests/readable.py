@@ -27,14 +27,14 @@ from tokenseg.inference.memory import plan_memory
 from tokenseg.plan_grid.preprocess import grid_shape
 from tokenseg.progress import Silent
 from tokenseg.saved_model.checkpoint import load_model
-from tokenseg.segmentation.outputs import check_output_folder
+from tokenseg.segmentation.output_files import check_output_folder
 from tokenseg.segmentation.segment import segment_files
 from tokenseg.segmentation.status import read_statuses
 from tokenseg.training.cache import prepare_cases
 from tokenseg.training.csv_log import COLUMNS, CsvLog, read_log
 from tokenseg.training.loop import build_optimizer
 from tokenseg.training.state import SavedStep, load_state, save_state
-from toy_models import as_stored, save_untrained, untrained
+from toy_models import as_stored, job_of, save_untrained, untrained
 
 PLAN = as_stored(make_plan(), channels=("MRI",), source_channels=("MRI",))
 SHAPE = (5, 6, 7)
@@ -192,14 +192,14 @@ def status(folder: Path) -> Readable:
     made = load_model(save_untrained(folder / "model", PLAN))
     for number in range(2):
         write_nifti(folder / "in" / f"scan{number}.nii.gz", phantom(number, shape=SHAPE)[0][0])
-    segment_files([made], folder / "in", folder / "out")
+    segment_files(job_of([made]), folder / "in", folder / "out")
     masks = {path: path.read_bytes() for path in (folder / "out").glob("*.nii.gz")}
     path = folder / "out" / "status.jsonl"
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
         read_statuses(folder / "out")
-        assert not any(result.error for result in segment_files([made], folder / "in", folder / "out"))
+        assert not any(result.error for result in segment_files(job_of([made]), folder / "in", folder / "out"))
         assert {path: path.read_bytes() for path in (folder / "out").glob("*.nii.gz")} == masks
 
     return Readable(path.read_bytes(), read, text=True, forgiving=True)

@@ -29,7 +29,7 @@ from tokenseg.errors import TokenSegError
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.segment import segment_files
-from toy_models import as_stored, constant, save_untrained, toy_model
+from toy_models import as_stored, constant, job_of, save_untrained, toy_model
 
 SMALL = (8, 9, 10)
 
@@ -736,7 +736,7 @@ def test_changed_images(tmp_path, name):
     outcomes = []
     for changed in mutations(content[:500] if name.endswith(".nii") else content, 200, seed=1):
         scan.write_bytes(changed + (content[500:] if name.endswith(".nii") else b""))
-        (result,) = segment_files([toy], scan, tmp_path / "out" / "mask.nii.gz")
+        (result,) = segment_files(job_of([toy]), scan, tmp_path / "out" / "mask.nii.gz")
         outcomes.append(result.error)
     assert outcomes.count("") < 200
     assert all("scan" in error for error in outcomes if error)

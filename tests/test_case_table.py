@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tokenseg.segmentation.case_work
+import tokenseg.segmentation.stages
 from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
 from plans import make_plan
@@ -24,7 +24,7 @@ from tokenseg.datasets.inputs import read_input
 from tokenseg.errors import DataError, FileError
 from tokenseg.imaging.volume import read_mask
 from tokenseg.segmentation.segment import segment_files
-from toy_models import Toy, as_stored, nearest_level, save_untrained, toy_model, untrained
+from toy_models import Toy, as_stored, job_of, nearest_level, save_untrained, toy_model, untrained
 
 ONE = make_plan(labels=1)
 TWO = make_plan(channels=2, labels=1)
@@ -102,7 +102,7 @@ def test_what_spreadsheets_write(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
     table = tmp_path / "T.CSV"
     table.write_bytes(b"\xef\xbb\xbfcase,image,,\r\n a , a.nii.gz ,,\r\n\r\n,,,\r\n,\r\n")
-    (result,) = segment_files([toy_model(nearest_level(2), as_stored(ONE))], table, tmp_path / "out")
+    (result,) = segment_files(job_of([toy_model(nearest_level(2), as_stored(ONE))]), table, tmp_path / "out")
     assert result.mask == tmp_path / "out" / "a.nii.gz"
 
 
@@ -139,7 +139,7 @@ def test_a_missing_file_fails_alone(tmp_path):
     missing = ("gone", "none.nii.gz"), ("lost", "study/exam7")
     table = write_table(tmp_path / "t.csv", ("case", "image"), *missing, ("a", "a.nii.gz"))
     model = toy_model(nearest_level(2), as_stored(ONE))
-    gone, lost, done = segment_files([model], table, tmp_path / "out")
+    gone, lost, done = segment_files(job_of([model]), table, tmp_path / "out")
     assert gone.error == f"{tmp_path / 'none.nii.gz'} does not exist; check the path"
     assert lost.error == f"{tmp_path / 'study/exam7'} does not exist; check the path"
     assert done.mask == tmp_path / "out" / "a.nii.gz"
@@ -184,7 +184,7 @@ def test_a_bad_row_fails_alone_and_tells_no_name(tmp_path, make, reason):
     write_nifti(tmp_path / "a.nii.gz", phantom(0)[0][0])
     bad = make(tmp_path / f"{NAME} 1970")
     table = write_table(tmp_path / "t.csv", ("case", "image"), ("bad", str(bad)), ("a", "a.nii.gz"))
-    failed, done = segment_files([toy_model(nearest_level(2), as_stored(ONE))], table, tmp_path / "out")
+    failed, done = segment_files(job_of([toy_model(nearest_level(2), as_stored(ONE))]), table, tmp_path / "out")
     assert reason in failed.error
     assert done.mask == tmp_path / "out" / "a.nii.gz"
     told = (tmp_path / "out" / "status.jsonl").read_text()
@@ -201,7 +201,7 @@ def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monke
     for number in range(3):
         write_nifti(tmp_path / "in" / f"{number}.nii.gz", phantom(number)[0][0])
     reading = [threading.Event() for _ in range(3)]
-    read = tokenseg.segmentation.case_work.read_input
+    read = tokenseg.segmentation.stages.read_input
 
     def note_reading(case, plan):
         reading[int(case.case_id)].set()
@@ -215,9 +215,9 @@ def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monke
         assert number == 2 or reading[number + 1].wait(timeout=60)
         return torch.cat([0 * images, images - 50], dim=1)
 
-    monkeypatch.setattr(tokenseg.segmentation.case_work, "read_input", note_reading)
+    monkeypatch.setattr(tokenseg.segmentation.stages, "read_input", note_reading)
     plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
-    results = segment_files([toy_model(Toy(wait_for_next), plan)], tmp_path / "in", tmp_path / "out")
+    results = segment_files(job_of([toy_model(Toy(wait_for_next), plan)]), tmp_path / "in", tmp_path / "out")
     assert [result.case_id for result in results] == ["0", "1", "2"]
     assert all(read_mask(result.mask).array.shape == (24, 24, 24) for result in results)
     states = [json.loads(line)["state"] for line in (tmp_path / "out" / "status.jsonl").read_text().splitlines()]
@@ -227,7 +227,7 @@ def test_the_next_scan_is_read_while_one_is_computed_and_written(tmp_path, monke
 def test_a_slow_writer_holds_nothing_up_but_itself(tmp_path, monkeypatch):
     for number in range(2):
         write_nifti(tmp_path / "in" / f"{number}.nii.gz", phantom(number)[0][0])
-    write, second = tokenseg.segmentation.case_work.write_output, threading.Event()
+    write, second = tokenseg.segmentation.stages.write_output, threading.Event()
 
     def slow(target, *rest):
         if target.name.startswith("0"):
@@ -241,10 +241,10 @@ def test_a_slow_writer_holds_nothing_up_but_itself(tmp_path, monkeypatch):
         return torch.cat([0 * images, images - 50], dim=1)
 
     answer.calls = 0
-    monkeypatch.setattr(tokenseg.segmentation.case_work, "write_output", slow)
+    monkeypatch.setattr(tokenseg.segmentation.stages, "write_output", slow)
     plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
     started = time.monotonic()
-    results = segment_files([toy_model(Toy(answer), plan)], tmp_path / "in", tmp_path / "out")
+    results = segment_files(job_of([toy_model(Toy(answer), plan)]), tmp_path / "in", tmp_path / "out")
     assert [result.error for result in results] == ["", ""]
     assert time.monotonic() - started < 60
 
@@ -266,7 +266,7 @@ def test_a_gpu_without_memory_ends_on_the_cpu_and_says_so(tmp_path, failures, no
 
     answer.calls = 0
     plan = as_stored(ONE, whole_limit_vox=(64, 64, 64))
-    (result,) = segment_files([toy_model(Toy(answer), plan)], tmp_path / "in", tmp_path / "out")
+    (result,) = segment_files(job_of([toy_model(Toy(answer), plan)]), tmp_path / "in", tmp_path / "out")
     assert result.mask is not None
     told = json.loads((tmp_path / "out" / "status.jsonl").read_text())["notes"]
     assert len(told) == notes
@@ -286,7 +286,7 @@ class FullGpu(TorchDispatchMode):
 def test_moving_to_the_cpu_needs_nothing_on_a_full_gpu():
     model = untrained()
     with FullGpu():
-        moved = tokenseg.segmentation.case_work._on_cpu(model)
+        moved = tokenseg.segmentation.stages._on_cpu(model)
     images = torch.randn(1, 1, 16, 16, 16)
     with torch.inference_mode():
         assert torch.equal(moved.network(images).logits, model.network(images).logits)

@@ -24,10 +24,11 @@ from tokenseg.inference.engine import EngineChoice
 from tokenseg.progress import Silent
 from tokenseg.segmentation.cluster import _Workers, hand_out, on_cluster
 from tokenseg.segmentation.cohort import Cohort
-from tokenseg.segmentation.outputs import CaseResult
 from tokenseg.segmentation.privacy import shown_name
+from tokenseg.segmentation.results import CaseResult
+from tokenseg.segmentation.stages import WrittenCase
 from tokenseg.segmentation.status import CaseStatus
-from toy_models import save_untrained, untrained
+from toy_models import job_of, save_untrained, untrained
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
@@ -149,10 +150,13 @@ from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.cluster import _Workers, hand_out, on_cluster
 from tokenseg.inference.engine import choose_engine
 from tokenseg.errors import TokenSegError
+from tokenseg.saved_model.ensemble import Ensemble
+from tokenseg.segmentation.job import SegmentJob
 from tokenseg.segmentation.segment import segment_files
 chosen = choose_engine([load_model("model")], "torch")
 try:
-    segment_files(chosen.models, Path("scans"), Path("none"), compute=on_cluster([Path("gone")], chosen))
+    job = SegmentJob(Ensemble.of(chosen.models))
+    segment_files(job, Path("scans"), Path("none"), on_cluster([Path("gone")], chosen))
 except TokenSegError as error:
     print(error)
 """
@@ -206,7 +210,8 @@ class FakeRay:
         name = promise.work.case.case_id
         if name == "bug":
             raise self.exceptions.RayTaskError
-        return CaseResult(name, Path(name), {"l0": 1.0}), CaseStatus(case=name, state="done", key="")
+        result = CaseResult(promise.work.case, Path(name), {"l0": 1.0})
+        return WrittenCase(result, CaseStatus(case=name, state="done", key=""))
 
     def kill(self, worker):
         worker.alive = False
@@ -229,7 +234,7 @@ def handed_out(ray: FakeRay, names: list[str], starts: list[bool], folder: Path)
         ray.workers.append(Worker(starts=next(coming, True)))
         return ray.workers[-1]
 
-    cohort = Cohort([untrained()], cases, folder, told, SegmentOptions(show_names=True), "")
+    cohort = Cohort(job_of(untrained(), progress=told, options=SegmentOptions(show_names=True)), cases, folder)
     workers = _Workers(ray, make, told)
     workers.start(4)
     hand_out(cohort.left(), cohort, workers)

@@ -28,7 +28,7 @@ from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.segment import segment_files
 from tokenseg.training.csv_log import read_log
 from tokenseg.training.train import train
-from toy_models import save_untrained
+from toy_models import job_of, save_untrained
 
 pytest.importorskip("monai")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills and limits are of POSIX systems")
@@ -324,12 +324,12 @@ def test_a_scan_that_vanishes(place, segmented, tmp_path):
     model = load_model(place / "model0")
     # The one before it may have been read ahead.
     hide = Vanishing("segmenting", lambda: next(scans.glob("scan3.*")).rename(tmp_path / "hidden"), after=1)
-    results = segment_files([model], scans, out, hide)
+    results = segment_files(job_of([model], progress=hide), scans, out)
     assert [bool(result.error) for result in results] == [False, False, False, True]
     assert "does not exist" in results[3].error
     assert not list(out.glob("scan3*"))
     (tmp_path / "hidden").rename(scans / next((place / "scans").glob("scan3.*")).name)
-    assert not any(result.error for result in segment_files([model], scans, out))
+    assert not any(result.error for result in segment_files(job_of([model]), scans, out))
     assert masks_in(out) == masks_in(fresh)
 
 
@@ -337,10 +337,12 @@ def test_an_output_folder_that_vanishes(place, segmented, tmp_path):
     fresh, out = segmented[0], tmp_path / "out"
     model = load_model(place / "model0")
     try:
-        segment_files([model], place / "scans", out, Vanishing("segmenting", lambda: shutil.rmtree(out), after=2))
+        segment_files(
+            job_of([model], progress=Vanishing("segmenting", lambda: shutil.rmtree(out), after=2)), place / "scans", out
+        )
     except TokenSegError as fault:
         assert str(out) in str(fault)  # noqa: PT017
-    segment_files([model], place / "scans", out)
+    segment_files(job_of([model]), place / "scans", out)
     assert masks_in(out) == masks_in(fresh)
 
 
@@ -349,10 +351,12 @@ def test_a_slice_that_vanishes(place, tmp_path):
     out = tmp_path / "out" / "mask_seg.dcm"
     model = load_model(place / "model0")
     # The list of slices is made before; of a single exam nothing is told until it is done.
-    (result,) = segment_files([model], tmp_path / "exam", tmp_path / "many", Vanishing("segmenting", paths[3].unlink))
+    (result,) = segment_files(
+        job_of([model], progress=Vanishing("segmenting", paths[3].unlink)), tmp_path / "exam", tmp_path / "many"
+    )
     assert paths[3].name in result.error
     assert not (tmp_path / "many" / "exam_seg.dcm").exists()
-    (result,) = segment_files([model], tmp_path / "exam", out)
+    (result,) = segment_files(job_of([model]), tmp_path / "exam", out)
     assert "slice(s) are missing" in result.error
     assert not out.exists()
 
@@ -381,7 +385,7 @@ def test_leftovers_are_no_results(place, tmp_path):
     """A killed write beside scans is not taken for one."""
     scans = Path(shutil.copytree(place / "scans", tmp_path / "scans"))
     shutil.copy(scans / "scan0.nii.gz", scans / ".partial-01234567-scan9.nii.gz")
-    results = segment_files([load_model(place / "model0")], scans, tmp_path / "out")
+    results = segment_files(job_of([load_model(place / "model0")]), scans, tmp_path / "out")
     assert [result.case_id for result in results] == ["scan0", "scan1", "scan2", "scan3"]
     remove_leftovers(scans)
     assert hashes(scans) == hashes(place / "scans")

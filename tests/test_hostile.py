@@ -30,7 +30,7 @@ from tokenseg.imaging.dicom_files import find_dicom
 from tokenseg.imaging.volume import read_volume
 from tokenseg.segmentation.segment import segment_files
 from tokenseg.training.state import load_state
-from toy_models import constant, save_untrained, toy_model, untrained
+from toy_models import constant, job_of, save_untrained, toy_model, untrained
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, pipes and forks are of POSIX systems")
 
@@ -340,7 +340,9 @@ def test_absurd_spacings(tmp_path, spacing_mm):
     (tmp_path / "scan.nii").write_bytes(image.header.binaryblock + bytes(4 + 2 * 9**3))
 
     def segment(_: bytes) -> None:
-        (result,) = segment_files([toy_model(constant(0.0, 1.0), PLAN)], tmp_path / "scan.nii", tmp_path / "mask.nii")
+        (result,) = segment_files(
+            job_of([toy_model(constant(0.0, 1.0), PLAN)]), tmp_path / "scan.nii", tmp_path / "mask.nii"
+        )
         if result.error:
             raise TokenSegError(result.error)
 
@@ -476,7 +478,7 @@ def test_pipes_and_devices_in_a_dataset(tmp_path, target):
         image.symlink_to(target)
 
     def segment(_: bytes) -> None:
-        results = segment_files([toy_model(constant(0.0, 1.0), PLAN)], dataset, tmp_path / "out")
+        results = segment_files(job_of([toy_model(constant(0.0, 1.0), PLAN)]), dataset, tmp_path / "out")
         assert [bool(result.error) for result in results] == [False, True]
         raise TokenSegError(results[1].error)
 

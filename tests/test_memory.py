@@ -18,10 +18,10 @@ from tokenseg.datasets.inputs import InputSize
 from tokenseg.errors import ConfigError
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.memory import MAX_SLABS, parse_memory, plan_memory
-from tokenseg.inference.predict import segment_in_slabs, segment_volume
+from tokenseg.inference.predict import Manner, segment_scan, segment_volume
+from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.segmentation.segment import segment_files
-from tokenseg.stopwatch import Stopwatch
-from toy_models import as_stored, mixing, save_untrained, toy_model, untrained
+from toy_models import as_stored, job_of, mixing, save_untrained, toy_model, untrained
 
 SMALL = PRESETS["small"]
 
@@ -55,9 +55,7 @@ def test_the_mask_is_the_same_bit_for_bit_however_many_slabs(shape, spacing, num
     plan = windows_plan(regions=regions, **changes)
     volume = wavy(shape, seed)
     models = [toy_model(mixing(plan.num_outputs), plan)]
-    masks = [
-        segment_in_slabs(models, volume, Stopwatch(), full=False, num_slabs=count).mask for count in (1, num_slabs)
-    ]
+    masks = [segment_scan(Ensemble.of(models), volume, Manner(num_slabs=count)).mask for count in (1, num_slabs)]
     np.testing.assert_array_equal(*masks)
 
 
@@ -69,7 +67,7 @@ def test_real_networks_in_slabs(num_models):
     whole = segment_volume(models, volume)
     assert len(np.unique(whole)) == 3
     for count in (2, 5):
-        again = segment_in_slabs(models, volume, Stopwatch(), full=False, num_slabs=count)
+        again = segment_scan(Ensemble.of(models), volume, Manner(num_slabs=count))
         np.testing.assert_array_equal(again.mask, whole)
 
 
@@ -78,7 +76,7 @@ def test_a_scan_that_runs_whole_runs_once_a_slab_and_gives_the_same():
     model = toy_model(mixing(3), plan)
     volume = wavy((40, 30, 35), 1)
     whole = segment_volume(model, volume)
-    np.testing.assert_array_equal(segment_in_slabs([model], volume, Stopwatch(), full=False, num_slabs=3).mask, whole)
+    np.testing.assert_array_equal(segment_scan(Ensemble.of([model]), volume, Manner(num_slabs=3)).mask, whole)
 
 
 # ---- the estimate
@@ -133,7 +131,7 @@ def test_what_is_no_size_is_refused(text, tmp_path):
     write_nifti(tmp_path / "a.nii.gz", np.zeros((20, 20, 20), np.int16))
     model, options = toy_model(mixing(3), windows_plan()), SegmentOptions(max_memory=text)
     with pytest.raises(ConfigError, match="must be a size"):
-        segment_files([model], tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", options=options)
+        segment_files(job_of([model], options=options), tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
 
 
 # ---- in a process of its own, seen from outside

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from plans import THICK_SLICES, make_plan
 from tokenseg.config import PRESETS, NetworkConfig, Plan, TrainConfig
 from tokenseg.model.network import TokenRecord, TokenSeg
+from tokenseg.model.passes import candidates_of
 from tokenseg.training.losses import training_loss
 
 TINY = PRESETS["tiny"]
@@ -55,6 +56,8 @@ def test_any_input_size_gives_logits_of_that_size(
     assert output.deep_logits == ()
     assert output.tokens is not None
     boxes = output.tokens.boxes_vox
+    for mine, networks in zip(candidates_of(plan, size), (boxes, output.tokens.level), strict=True):
+        assert torch.equal(mine, networks)
     assert (boxes >= 0).all()
     assert (boxes <= torch.tensor(size)).all()
     assert (boxes[:, 1] >= boxes[:, 0]).all()

@@ -21,7 +21,7 @@ from tokenseg.imaging.volume import read_mask
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.privacy import shown_name, without_names
 from tokenseg.segmentation.segment import segment_files
-from toy_models import save_untrained
+from toy_models import job_of, save_untrained
 
 NAME = "DOE_JANE"
 
@@ -90,7 +90,7 @@ def test_the_same_input_gives_the_same_mask_bit_for_bit_and_no_socket_is_opened(
     model = load_model(save_untrained(tmp_path / "model"))
     masks = []
     for number in range(3):
-        (result,) = segment_files([model], tmp_path / "in", tmp_path / f"out{number}")
+        (result,) = segment_files(job_of([model]), tmp_path / "in", tmp_path / f"out{number}")
         masks.append(result.mask.read_bytes())
     assert len(set(masks)) == 1
     assert read_mask(result.mask).array.any()
@@ -99,11 +99,11 @@ def test_the_same_input_gives_the_same_mask_bit_for_bit_and_no_socket_is_opened(
 def test_names_where_they_are_asked_for(tmp_path):
     write_nifti(tmp_path / "in" / f"{NAME}.nii.gz", phantom(0)[0][0])
     model = load_model(save_untrained(tmp_path / "model"))
-    segment_files([model], tmp_path / "in", tmp_path / "out", options=SegmentOptions(show_names=True))
+    segment_files(job_of([model], options=SegmentOptions(show_names=True)), tmp_path / "in", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "status.jsonl").read_text())["case"] == NAME
     # A folder that was begun with names goes on without, and does nothing anew.
     before = (tmp_path / "out" / "status.jsonl").read_text()
-    segment_files([model], tmp_path / "in", tmp_path / "out")
+    segment_files(job_of([model]), tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out" / "status.jsonl").read_text() == before
 
 

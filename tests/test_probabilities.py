@@ -17,10 +17,10 @@ from plans import make_plan
 from tokenseg.cli import main
 from tokenseg.config import Plan
 from tokenseg.imaging.volume import Volume, read_mask
-from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.inference.predict import Manner, segment_scan
 from tokenseg.plan_grid.preprocess import prepare_image
 from tokenseg.saved_model.checkpoint import QualityFacts
-from tokenseg.stopwatch import Stopwatch
+from tokenseg.saved_model.ensemble import Ensemble
 from toy_models import above_level, as_stored, mixing, nearest_level, save_untrained, toy_model, untrained
 
 ROUNDING = 6e-4
@@ -47,9 +47,7 @@ def plan_of(*, regions: bool, window: int) -> Plan:
 
 
 def written(models, volume: Volume, path, num_slabs: int) -> tuple[np.ndarray, np.ndarray]:
-    segmented = segment_in_slabs(
-        models, volume, Stopwatch(), full=False, num_slabs=num_slabs, probabilities=path / "p.npy"
-    )
+    segmented = segment_scan(Ensemble.of(models), volume, Manner(num_slabs=num_slabs, probabilities=path / "p.npy"))
     segmented.probabilities.place()
     return segmented.mask, np.load(path / "p.npy")
 

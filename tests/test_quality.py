@@ -13,16 +13,16 @@ from phantoms import write_nifti
 from plans import make_plan
 from tokenseg.config import PRESETS, SegmentOptions
 from tokenseg.imaging.volume import Volume
-from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.inference.predict import Manner, segment_scan
 from tokenseg.inference.quality import CaseQuality, QualityMeter
 from tokenseg.inference.temperature import calibration_error, cross_fitted_error, fit_temperature, joined, sample_voxels
 from tokenseg.outputs import EXCLUSIVE, REGIONS
 from tokenseg.plan_grid.preprocess import prepare_image
 from tokenseg.plan_grid.restore import slabs_of
 from tokenseg.saved_model.checkpoint import ModelFacts, QualityFacts
+from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.segmentation.segment import segment_files
-from tokenseg.stopwatch import Stopwatch
-from toy_models import Toy, as_stored, mixing, toy_model
+from toy_models import Toy, as_stored, job_of, mixing, toy_model
 
 SHAPE = (8, 10, 12)
 
@@ -126,9 +126,7 @@ def test_quality_is_the_same_in_slabs(num_slabs, regions, spacing_mm):
     volume = Volume(np.random.default_rng(0).normal(size=shape).astype(np.float32), affine, ("c0",))
     found = []
     for count in (1, num_slabs):
-        done = segment_in_slabs(
-            [toy_model(mixing(plan.num_outputs), plan)], volume, Stopwatch(), full=False, num_slabs=count
-        )
+        done = segment_scan(Ensemble.of([toy_model(mixing(plan.num_outputs), plan)]), volume, Manner(num_slabs=count))
         facts = ModelFacts(name="toy", plan=plan, network=PRESETS["tiny"])
         found.append(done.meter.quality("a", done.mask, facts, {label.name: 1.0 for label in plan.labels}, ()))
     assert found[0] == found[1]
@@ -141,13 +139,15 @@ def test_a_file_beside_each_mask(tmp_path):
     )
     plan = as_stored(make_plan(labels=1))
     model = toy_model(Toy(lambda images: torch.cat([0 * images, (images - 120) / 10], dim=1)), plan)
-    (result,) = segment_files([model], tmp_path / "in", tmp_path / "out")
+    (result,) = segment_files(job_of([model]), tmp_path / "in", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "anna_qc.json").read_text())
     assert content == json.loads(result.quality.model_dump_json())
     assert "anna" not in json.dumps(content)
     assert not content["calibrated"]
     segment_files(
-        [model], tmp_path / "in" / "anna.nii.gz", tmp_path / "one.nii.gz", options=SegmentOptions(show_names=True)
+        job_of([model], options=SegmentOptions(show_names=True)),
+        tmp_path / "in" / "anna.nii.gz",
+        tmp_path / "one.nii.gz",
     )
     assert json.loads((tmp_path / "one_qc.json").read_text())["case"] == "anna"
 

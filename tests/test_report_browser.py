@@ -272,8 +272,8 @@ def test_channels_and_labels_of_a_case(page):
 
 def test_tokens_are_drawn_in_quarters_by_level(page):
     cells = np.array([[[0, 0, 0], [10, 12, 5]], [[0, 0, 0], [10, 12, 5]], [[10, 12, 5], [20, 24, 10]]], dtype=float)
-    tokens = TokenBoxes(cells, np.array([0, 1, 3]), np.array([0.2, 0.4, 0.9]), np.array([True, True, True]))
-    with page(view(reference=None, prediction=None, tokens=tokens)) as shown:
+    tokens = TokenBoxes("model", cells, np.array([0, 1, 3]), np.array([0.2, 0.4, 0.9]), np.array([True, True, True]))
+    with page(view(reference=None, prediction=None, tokens=(tokens,))) as shown:
         shown.uncheck("input.crosshair")
         shown.locator("[data-plane=axial] .slice").fill("2")
         before = pixels(shown, "axial")
@@ -292,7 +292,7 @@ def test_tokens_are_drawn_in_quarters_by_level(page):
 
 
 def test_picker_changes_the_case(page):
-    other = view("two", facts={"tumour": EVIL}, prediction=None, tokens=None)
+    other = view("two", facts={"tumour": EVIL}, prediction=None)
     with page(view(), other, view(EVIL)) as shown:
         assert shown.get_attribute(".viewer", "data-shown") == "one"
         shown.click(".picker button:nth-child(2)")

@@ -12,7 +12,6 @@ from phantoms import write_msd, write_nifti
 from plans import make_plan
 from test_report_page import EVIL, Outline
 from tokenseg.config import PRESETS, Label
-from tokenseg.datasets.cases import Case
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
 from tokenseg.inference.quality import CaseQuality
@@ -24,8 +23,9 @@ from tokenseg.report.reports import (
     train_report,
 )
 from tokenseg.report.scores import case_table, evaluation_lead, evaluation_section, summary_table
-from tokenseg.segmentation.outputs import CaseResult
-from toy_models import untrained
+from tokenseg.segmentation.results import CaseResult
+from tokenseg.segmentation.segment import segment_cases
+from toy_models import case_named, job_of, untrained
 
 SHAPE = (12, 10, 8)
 AFFINE = np.diag([0.5, 1.0, 2.0, 1.0])  # one voxel is one mm3
@@ -174,7 +174,8 @@ def test_train_report_has_all_sections(dataset, tmp_path):
     opened = open_dataset(dataset)
     evaluation = evaluate_folders(dataset / "labelsTr", dataset, labels=opened.labels)
     model = untrained(make_plan(window_vox=(16, 16, 16), grid=(2, 2, 2)))
-    tokens = tokens_of_selected(model, evaluation, opened)
+    job = job_of(model, tokens_of=3)
+    tokens = tokens_of_selected(job, segment_cases(job, opened.cases, tmp_path / "masks"), evaluation)
     assert [report.case_id for report in tokens] == ["case_001", "case_002", "case_000"]
     log = [{"step": "1", "loss": "2.5"}, {"step": "2", "loss": "1.5"}]
     path = tmp_path / "report.html"
@@ -189,12 +190,13 @@ def test_train_report_has_all_sections(dataset, tmp_path):
     assert sum(map(int, kept[6:10])) == tokens[0].summary.num_kept
 
 
-def test_tokens_of_a_model_without_tokens_are_none(dataset):
+def test_tokens_of_a_model_without_tokens_are_none(dataset, tmp_path):
     opened = open_dataset(dataset)
     evaluation = evaluate_folders(dataset / "labelsTr", dataset, labels=opened.labels)
     config = PRESETS["tiny"].model_copy(update={"tokens": False})
     model = untrained(make_plan(window_vox=(16, 16, 16), grid=(2, 2, 2)), config=config)
-    assert tokens_of_selected(model, evaluation, opened) == []
+    job = job_of(model, tokens_of=3)
+    assert tokens_of_selected(job, segment_cases(job, opened.cases, tmp_path / "masks"), evaluation) == []
 
 
 def test_evaluation_report_without_images(mixed, tmp_path):
@@ -214,12 +216,11 @@ def test_segmentation_report_has_volumes_and_reasons_of_failures(tmp_path):
     image = write_nifti(tmp_path / "a.nii.gz", np.random.default_rng(0).random(SHAPE, np.float32))
     mask = write_nifti(tmp_path / "masks" / "a.nii.gz", cube(1, 1))
     results = [
-        CaseResult("a", mask, {"l0": 1.234}, quality=quality(0.912, "small")),
-        CaseResult("b", None, {}, EVIL, EVIL),
+        CaseResult(case_named("a", image), mask, {"l0": 1.234}, quality=quality(0.912, "small")),
+        CaseResult(case_named("b", image), None, {}, EVIL, EVIL),
     ]
-    cases = [Case("a", "a", (image,)), Case("b", "b", (image,))]
     path = tmp_path / "report.html"
-    segmentation_report(path, results, cases, make_plan(), "2026-01-02", show_names=True)
+    segmentation_report(path, results, make_plan(), "2026-01-02", show_names=True)
     text = path.read_text(encoding="utf-8")
     assert table_rows(text.split('id="volumes"')[1]) == [["b", "", "", EVIL], ["a", "0.912", "1.23", "small"]]
     lead = texts(text)
@@ -228,26 +229,25 @@ def test_segmentation_report_has_volumes_and_reasons_of_failures(tmp_path):
 
 
 def test_tokens_of_the_least_sure_are_shown(tmp_path):
-    cases, results = [], []
+    results = []
     for number in range(5):
         path = write_nifti(tmp_path / f"c{number}.nii.gz", np.random.default_rng(number).random(SHAPE, np.float32))
         mask = write_nifti(tmp_path / "masks" / path.name, cube(1, 1))
-        cases.append(Case(f"c{number}", f"c{number}", (path,)))
-        results.append(CaseResult(f"c{number}", mask, {"l0": 1.0}, quality=quality(number / 10)))
+        results.append(CaseResult(case_named(f"c{number}", path), mask, {"l0": 1.0}, quality=quality(number / 10)))
     plan = make_plan(window_vox=(16, 16, 16), grid=(2, 2, 2))
-    tokens = tokens_of_worst(untrained(plan), results, cases)
+    tokens = tokens_of_worst(job_of(untrained(plan), tokens_of=3), results)
     assert [report.case_id for report in tokens] == ["c4", "c3", "c2"]
     path = tmp_path / "report.html"
-    segmentation_report(path, results, cases, plan, "2026-01-02", tokens=tokens, show_names=True)
+    segmentation_report(path, results, plan, "2026-01-02", tokens=tokens, show_names=True)
     rows = table_rows(path.read_text(encoding="utf-8").split('id="tokens"')[1])
     assert [row[:2] for row in rows] == [["c4", "prediction"], ["c3", "prediction"], ["c2", "prediction"]]
     config = PRESETS["tiny"].model_copy(update={"tokens": False})
-    assert tokens_of_worst(untrained(plan, config=config), results, cases) == []
+    assert tokens_of_worst(job_of(untrained(plan, config=config), tokens_of=3), results) == []
 
 
 def test_segmentation_report_where_all_failed(tmp_path):
     path = tmp_path / "report.html"
-    segmentation_report(path, [CaseResult("b", None, {}, "broken")], [], make_plan(), "2026-01-02")
+    segmentation_report(path, [CaseResult(case_named("b"), None, {}, "broken")], make_plan(), "2026-01-02")
     lead = texts(path.read_text(encoding="utf-8"))
     assert "0 of 1 case segmented; 1 failed, the reasons are in the table." in lead
     assert "There is no case to show." in lead

@@ -22,10 +22,11 @@ from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
 from tokenseg.imaging.orientation import to_canonical
 from tokenseg.inference.quality import CaseQuality
 from tokenseg.plan_grid.preprocess import GridRecord
-from tokenseg.report.cases import evaluation_views, segmentation_views, select_cases, token_boxes
+from tokenseg.report.cases import _boxes, evaluation_views, segmentation_views, select_cases
 from tokenseg.report.viewer import CaseView, TokenBoxes, pack_case, viewer_section
-from tokenseg.segmentation.outputs import CaseResult
+from tokenseg.segmentation.results import CaseResult
 from tokenseg.tokens.case import CaseTokens
+from toy_models import case_named
 
 ONE = Label(name="tumour", values=(1,), output_value=1)
 SHAPE = (12, 10, 8)
@@ -122,9 +123,9 @@ def test_starts_where_the_reference_is_largest_else_the_prediction_else_in_the_m
 
 def test_only_kept_tokens_are_stored():
     boxes = np.arange(12.0).reshape(2, 2, 3)
-    tokens = TokenBoxes(boxes, np.array([0, 3]), np.array([0.1, 0.9]), np.array([False, True]))
-    packed = pack_case(view_of(None, cube(1, 1, 1)[None], tokens=tokens))["tokens"]
-    assert packed == {"total": 2, "boxes": [[6, 7, 8, 9, 10, 11]], "level": [3], "score": [0.9]}
+    tokens = TokenBoxes("model", boxes, np.array([0, 3]), np.array([0.1, 0.9]), np.array([False, True]))
+    packed = pack_case(view_of(None, cube(1, 1, 1)[None], tokens=(tokens,)))["tokens"][0]
+    assert packed == {"model": "model", "total": 2, "boxes": [[6, 7, 8, 9, 10, 11]], "level": [3], "score": [0.9]}
 
 
 def test_section_holds_a_block_a_case_and_says_when_there_is_none():
@@ -245,14 +246,15 @@ def unsure(entropy: float) -> CaseQuality:
 
 
 def test_segmented_cases_come_least_sure_first(tmp_path):
-    cases, results = [], []
+    results = []
     for number in range(14):
         path = write_nifti(tmp_path / f"c{number:02d}.nii.gz", np.random.default_rng(number).random(SHAPE, np.float32))
-        cases.append(Case(f"c{number:02d}", f"c{number:02d}", (path,)))
         mask = write_nifti(tmp_path / "masks" / path.name, cube(1, 1, 1).astype(np.uint8))
-        results.append(CaseResult(f"c{number:02d}", mask, {"l0": float(number)}, quality=unsure(number / 20)))
-    results[13] = CaseResult("c13", None, {}, "broken")
-    views = segmentation_views(results, cases, make_plan())
+        results.append(
+            CaseResult(case_named(f"c{number:02d}", path), mask, {"l0": float(number)}, quality=unsure(number / 20))
+        )
+    results[13] = CaseResult(case_named("c13"), None, {}, "broken")
+    views = segmentation_views(results, make_plan())
     assert [view.case_id for view in views] == [f"c{number:02d}" for number in range(12, 0, -1)]
     assert views[0].caption == "l0 12.00 ml"
     assert views[0].reference is None
@@ -268,7 +270,7 @@ def test_differences_of_channels_come_first(tmp_path):
     plan = plan.model_copy(update={"channels": ("c0", "c1 - c0")})
     mask = write_nifti(tmp_path / "mask.nii.gz", cube(1, 1, 1).astype(np.uint8))
     case = Case("p", "p", images, channels=("c0", "c1"))
-    (view,) = segmentation_views([CaseResult("p", mask, {"l0": 1.0})], [case], plan)
+    (view,) = segmentation_views([CaseResult(case, mask, {"l0": 1.0})], plan)
     assert [(name, image.mean()) for name, image in view.channels.items()] == [("c1 - c0", 2), ("c0", 1)]
 
 
@@ -279,7 +281,8 @@ def test_token_boxes_join_passes_and_leave_padding_out():
     boxes[0, 1, 1] = 0  # wholly in padding
     scores = np.arange(6.0).reshape(2, 3)
     record = GridRecord(SHAPE, (0, 1, 2), (False,) * 3, (1.0,) * 3, (0, 0, 0), SHAPE, SHAPE)
-    tokens = token_boxes(
+    tokens = _boxes(
+        "model",
         CaseTokens(
             boxes_vox=boxes,
             cells_vox=cells,
@@ -293,7 +296,7 @@ def test_token_boxes_join_passes_and_leave_padding_out():
             num_codes=0,
             prediction=cube(1, 1, 1),
             record=record,
-        )
+        ),
     )
     assert tokens.boxes_vox[:, 1, 0].tolist() == [1, 3, 4, 5]
     assert tokens.level.tolist() == [0, 2, 0, 1]

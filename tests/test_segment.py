@@ -27,6 +27,7 @@ from toy_models import (
     above_level,
     as_stored,
     constant,
+    job_of,
     labels_of,
     nearest_level,
     save_untrained,
@@ -238,7 +239,7 @@ class Recorder:
 
 def test_a_file_becomes_a_file(toy, tmp_path):
     scan = write_scans(tmp_path) / "scan1.nii.gz"
-    (result,) = segment_files([toy], scan, tmp_path / "new" / "folder" / "mask.nii")
+    (result,) = segment_files(job_of([toy]), scan, tmp_path / "new" / "folder" / "mask.nii")
     assert result.mask == tmp_path / "new" / "folder" / "mask.nii"
     np.testing.assert_array_equal(read_mask(result.mask).array, np.array([0, 7, 255])[sphere((20, 18, 16), 6)])
     assert sorted(path.name for path in result.mask.parent.iterdir()) == [
@@ -250,7 +251,7 @@ def test_a_folder_becomes_a_folder_with_each_ending_kept(toy, tmp_path):
     write_scans(tmp_path / "in", 2)
     write_nifti(tmp_path / "in" / "last.nii", sphere((20, 18, 16), 8).astype(np.float32))
     recorder = Recorder()
-    results = segment_files([toy], tmp_path / "in", tmp_path / "out", recorder)
+    results = segment_files(job_of([toy], progress=recorder), tmp_path / "in", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("last.nii", "last_qc.json", "manifest.json", "scan0.nii.gz", "scan0_qc.json", "scan1.nii.gz"),
         *("scan1_qc.json", "status.jsonl", "summary.csv"),
@@ -272,7 +273,7 @@ def test_volumes_in_ml_by_hand(tmp_path):
     affine = np.array([[0, 0, 0.5, 1], [-2.0, 0, 0, 2], [0, 3, 0, 3], [0, 0, 0, 1]])  # 3 mm3
     write_nifti(tmp_path / "in" / "a.nii.gz", levels, affine=affine)
     plan = toy_plan(spacing_mm=spacing_ras(affine))
-    (result,) = segment_files([toy_model(nearest_level(3), plan)], tmp_path / "in", tmp_path / "out")
+    (result,) = segment_files(job_of([toy_model(nearest_level(3), plan)]), tmp_path / "in", tmp_path / "out")
     assert result.volumes_ml == pytest.approx({"outer": 0.072, "inner": 0.018})
     assert (tmp_path / "out" / "summary.csv").read_bytes() == b"case,outer_ml,inner_ml,error\r\na,0.0720,0.0180,\r\n"
 
@@ -281,14 +282,16 @@ def test_the_volume_of_a_region_includes_the_regions_in_it(tmp_path):
     levels = sphere((20, 20, 20), 8)
     write_nifti(tmp_path / "in.nii.gz", levels.astype(np.float32))
     plan = as_stored(make_plan(labels=2, regions=True))
-    (result,) = segment_files([toy_model(above_level(2), plan)], tmp_path / "in.nii.gz", tmp_path / "out.nii.gz")
+    (result,) = segment_files(
+        job_of([toy_model(above_level(2), plan)]), tmp_path / "in.nii.gz", tmp_path / "out.nii.gz"
+    )
     assert result.volumes_ml == pytest.approx({"l0": (levels >= 1).sum() / 1000, "l1": (levels == 2).sum() / 1000})
 
 
 def test_a_broken_case_does_not_stop_the_others(toy, tmp_path):
     folder = write_scans(tmp_path / "in")
     (folder / "scan1.nii.gz").write_bytes((folder / "scan1.nii.gz").read_bytes()[:-20])
-    results = segment_files([toy], folder, tmp_path / "out")
+    results = segment_files(job_of([toy]), folder, tmp_path / "out")
     assert [result.mask is not None for result in results] == [True, False, True]
     assert "scan1.nii.gz is truncated or empty" in results[1].error
     rows = summary(tmp_path / "out")
@@ -306,7 +309,7 @@ def test_a_case_without_any_image_fails_by_itself(tmp_path):
     write_mamamia(tmp_path / "ds", 2, num_phases=(2,))
     shutil.rmtree(tmp_path / "ds" / "images" / "DUKE_002")
     (tmp_path / "ds" / "images" / "DUKE_002").mkdir()
-    results = segment_files([toy_model(constant(0.0, 1.0), plan)], tmp_path / "ds", tmp_path / "out")
+    results = segment_files(job_of([toy_model(constant(0.0, 1.0), plan)]), tmp_path / "ds", tmp_path / "out")
     assert [result.case_id for result in results] == ["DUKE_001", "DUKE_002"]
     assert results[0].mask == tmp_path / "out" / "DUKE_001.nii.gz"
     assert "phase0, phase1 is missing" in results[1].error
@@ -323,7 +326,7 @@ def test_an_interrupted_run_lists_what_was_not_reached(toy, tmp_path):
         return toy.network(images).logits
 
     with pytest.raises(KeyboardInterrupt):
-        segment_files([toy_model(Toy(interrupted), toy.facts.plan)], folder, tmp_path / "out")
+        segment_files(job_of([toy_model(Toy(interrupted), toy.facts.plan)]), folder, tmp_path / "out")
     assert [(row["case"], row["error"]) for row in summary(tmp_path / "out")] == [
         *(("scan0", ""), ("scan1", "not segmented yet"), ("scan2", "not segmented yet"))
     ]
@@ -331,7 +334,7 @@ def test_an_interrupted_run_lists_what_was_not_reached(toy, tmp_path):
         *("manifest.json", "scan0.nii.gz", "scan0_qc.json", "status.jsonl", "summary.csv")
     ]
     # The same call again finishes it.
-    assert all(result.mask for result in segment_files([toy], folder, tmp_path / "out"))
+    assert all(result.mask for result in segment_files(job_of([toy]), folder, tmp_path / "out"))
     assert {row["error"] for row in summary(tmp_path / "out")} == {""}
 
 
@@ -342,7 +345,7 @@ def test_the_summary_is_there_before_the_first_case_is(toy, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        segment_files([toy_model(Toy(interrupted), toy.facts.plan)], folder, tmp_path / "out")
+        segment_files(job_of([toy_model(Toy(interrupted), toy.facts.plan)]), folder, tmp_path / "out")
     assert summary(tmp_path / "out")[0]["error"] == "not segmented yet"
 
 
@@ -350,7 +353,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     write_nifti(tmp_path / "scan.nii.gz", phantom(0)[0][0])
     model = untrained()
     for name in ("a.nii.gz", "b.nii.gz"):
-        segment_files([model], tmp_path / "scan.nii.gz", tmp_path / name)
+        segment_files(job_of([model]), tmp_path / "scan.nii.gz", tmp_path / name)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
     assert len(np.unique(read_mask(tmp_path / "a.nii.gz").array)) == 2
 
@@ -365,7 +368,7 @@ def test_several_channels_as_files_or_as_one(tmp_path):
     write_nifti(tmp_path / "in" / "joint.nii.gz", both)
     write_nifti(tmp_path / "in" / "half_0000.nii.gz", both[..., 0])
     write_nifti(tmp_path / "in" / "thrice.nii.gz", both[..., [0, 1, 1]])
-    results = {result.case_id: result for result in segment_files([model], tmp_path / "in", tmp_path / "out")}
+    results = {result.case_id: result for result in segment_files(job_of([model]), tmp_path / "in", tmp_path / "out")}
     for case_id in ("split", "joint"):
         np.testing.assert_array_equal(read_mask(tmp_path / "out" / f"{case_id}.nii.gz").array, levels)
     assert "model expects FLAIR, t1gd; half has FLAIR (half_0000.nii.gz): t1gd is missing" in results["half"].error
@@ -377,7 +380,7 @@ def test_dataset_layouts(toy, tmp_path):
     write_msd(tmp_path / "msd", 2, num_test=1)
     write_nnunet(tmp_path / "nnunet", 2, channels=("c0",), num_test=1, file_ending=".nii")
     for layout, ending in (("msd", ".nii.gz"), ("nnunet", ".nii")):
-        segment_files([toy], tmp_path / layout, tmp_path / f"{layout}_out")
+        segment_files(job_of([toy]), tmp_path / layout, tmp_path / f"{layout}_out")
         masks = sorted(path.name for path in (tmp_path / f"{layout}_out").iterdir())
         written = [f"case_00{index}{end}" for index in range(3) for end in (ending, "_qc.json")]
         assert masks == [*written, "manifest.json", "status.jsonl", "summary.csv"]
@@ -389,7 +392,7 @@ def test_a_file_needs_a_file_to_go_to(toy, tmp_path, output):
     with pytest.raises(
         FileError, match=r"output .* must be a file ending in .nii.gz, .nii, .nrrd, .*since the input is one"
     ):
-        segment_files([toy], scan, tmp_path / output)
+        segment_files(job_of([toy]), scan, tmp_path / output)
 
 
 def test_a_folder_needs_a_folder_to_go_to(toy, tmp_path):
@@ -397,7 +400,7 @@ def test_a_folder_needs_a_folder_to_go_to(toy, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output in ("mask.nii.gz", "mask.nii", "file"):
         with pytest.raises(FileError, match=r"output .* must be a folder, since the input is a folder"):
-            segment_files([toy], folder, tmp_path / output)
+            segment_files(job_of([toy]), folder, tmp_path / output)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -408,13 +411,13 @@ def test_images_and_foreign_masks_are_never_overwritten(toy, tmp_path):
     (tmp_path / "link.nii.gz").symlink_to(scan)
     for output in (scan, tmp_path / "link.nii.gz"):
         with pytest.raises(FileError, match="is the input image itself; name another file"):
-            segment_files([toy], scan, output)
+            segment_files(job_of([toy]), scan, output)
     for source, folder in (("", "imagesTr"), ("", "labelsTr"), ("imagesTr", "imagesTr")):
         with pytest.raises(FileError, match=r"already holds case_000.nii.gz, case_001.nii.gz, not written by"):
-            segment_files([toy], dataset / source, dataset / folder)
+            segment_files(job_of([toy]), dataset / source, dataset / folder)
     (dataset / "imagesTr" / "summary.csv").write_text("case\n")
     with pytest.raises(FileError, match="so that nothing is overwritten"):
-        segment_files([toy], dataset, dataset / "imagesTr")
+        segment_files(job_of([toy]), dataset, dataset / "imagesTr")
     (dataset / "imagesTr" / "summary.csv").unlink()
     assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
 
@@ -423,9 +426,9 @@ def test_masks_do_not_go_where_the_scans_lie(toy, tmp_path):
     folder = write_scans(tmp_path / "in", 1)
     (folder / "scan0.nii.gz").rename(folder / "scan0_0000.nii.gz")
     with pytest.raises(FileError, match="is where the scans lie, and the next call would take masks for scans"):
-        segment_files([toy], folder, folder)
+        segment_files(job_of([toy]), folder, folder)
     assert [path.name for path in folder.iterdir()] == ["scan0_0000.nii.gz"]
-    (result,) = segment_files([toy], folder, folder / "masks")
+    (result,) = segment_files(job_of([toy]), folder, folder / "masks")
     assert result.case_id == "scan0"
 
 
@@ -434,10 +437,10 @@ def test_a_single_mask_replaces_only_one_of_its_kind(toy, tmp_path):
     mine = tmp_path / "truth.nii.gz"
     mine.write_bytes(scan.read_bytes())
     with pytest.raises(FileError, match=r"truth\.nii\.gz is there already, without a manifest of `tokenseg segment`"):
-        segment_files([toy], scan, mine)
+        segment_files(job_of([toy]), scan, mine)
     assert mine.read_bytes() == scan.read_bytes()
     for _ in range(2):
-        (result,) = segment_files([toy], scan, tmp_path / "mask.nii.gz")
+        (result,) = segment_files(job_of([toy]), scan, tmp_path / "mask.nii.gz")
         assert result.error == ""
         (tmp_path / "mask_manifest.json").unlink()  # as if killed before it was written
 
@@ -449,7 +452,7 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(tmp_path, sin
     network = nearest_level(3)
     output = tmp_path / "file" / ("mask.nii.gz" if single else "masks")
     with pytest.raises(FileError, match=f"output {output} cannot be written: .*; name another place"):
-        segment_files([toy_model(network, toy_plan())], source / "scan0.nii.gz" if single else source, output)
+        segment_files(job_of([toy_model(network, toy_plan())]), source / "scan0.nii.gz" if single else source, output)
     assert network.seen == []
 
 
@@ -461,14 +464,14 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half_written(toy, tmp_path
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FileError, match=r"cannot write .*summary.csv: No space left on device; nothing was changed"):
-        segment_files([toy], folder, tmp_path / "out")
+        segment_files(job_of([toy]), folder, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_models_must_be_of_one_plan_before_anything_is_written(toy, tmp_path):
     other = toy_model(nearest_level(3), toy_plan(spacing_mm=(2, 2, 2)))
     with pytest.raises(ConfigError, match="different plans"):
-        segment_files([toy, other], write_scans(tmp_path / "in"), tmp_path / "out")
+        segment_files(job_of([toy, other]), write_scans(tmp_path / "in"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -490,7 +493,7 @@ def test_a_case_that_does_not_fit_in_memory_does_not_stop_the_others(toy, tmp_pa
             raise error
         return toy.network(images).logits
 
-    results = segment_files([toy_model(Toy(first_fails), toy.facts.plan)], folder, tmp_path / "out")
+    results = segment_files(job_of([toy_model(Toy(first_fails), toy.facts.plan)]), folder, tmp_path / "out")
     assert results[0].error.startswith("scan0 needs more memory than there is; check the spacing in its header")
     assert results[1].mask == tmp_path / "out" / "scan1.nii.gz"
 
@@ -503,7 +506,7 @@ def test_what_goes_wrong_outside_a_case_is_not_hidden(toy, tmp_path, monkeypatch
 
     monkeypatch.setattr(tokenseg.inference.predict, "choose_route", bug)
     with pytest.raises(RuntimeError, match="bug"):
-        segment_files([toy], write_scans(tmp_path / "in", 1), tmp_path / "out")
+        segment_files(job_of([toy]), write_scans(tmp_path / "in", 1), tmp_path / "out")
 
 
 # ---- real scans
@@ -519,7 +522,7 @@ def test_masks_of_real_scans_lie_where_the_scans_do(real_data, tmp_path, name, c
     for scan in scans:
         (tmp_path / "in" / scan.name).symlink_to(scan)
     plan = make_plan(labels=2, spacing_mm=spacing_mm, window_vox=window_vox)
-    results = segment_files([untrained(plan)], tmp_path / "in", tmp_path / "out")
+    results = segment_files(job_of([untrained(plan)]), tmp_path / "in", tmp_path / "out")
     assert [result.error for result in results] == [""] * count
     for scan, result in zip(scans, results, strict=True):
         source, written = nib.load(scan), nib.load(result.mask)
@@ -547,9 +550,9 @@ def test_reading_segmenting_and_listing_agree_on_a_real_case(real_data):
 def test_a_case_that_fails_leaves_no_mask_of_an_earlier_call(tmp_path):
     source = write_scans(tmp_path / "in", 2)
     toy = toy_model(nearest_level(3), toy_plan())
-    segment_files([toy], source, tmp_path / "out")
+    segment_files(job_of([toy]), source, tmp_path / "out")
     (source / "scan1.nii.gz").write_bytes(b"broken")
-    assert [result.mask is None for result in segment_files([toy], source, tmp_path / "out")] == [False, True]
+    assert [result.mask is None for result in segment_files(job_of([toy]), source, tmp_path / "out")] == [False, True]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("manifest.json", "scan0.nii.gz", "scan0_qc.json", "status.jsonl", "summary.csv")
     ]
@@ -562,23 +565,23 @@ def test_masks_of_every_earlier_call_are_known(toy, tmp_path, show_names):
     other.mkdir()
     (one / "scan1.nii.gz").rename(other / "scan1.nii.gz")
     for source in (one, other, one):
-        segment_files([toy], source, tmp_path / "out", options=SegmentOptions(show_names=show_names))
+        segment_files(job_of([toy], options=SegmentOptions(show_names=show_names)), source, tmp_path / "out")
     assert [row["case"] for row in summary(tmp_path / "out")] == ["scan0"]
     (one / "mine.nii.gz").write_bytes((one / "scan0.nii.gz").read_bytes())
     (tmp_path / "out" / "mine.nii.gz").write_text("mine")
     with pytest.raises(FileError, match=r"already holds mine\.nii\.gz, not written by"):
-        segment_files([toy], one, tmp_path / "out")
+        segment_files(job_of([toy]), one, tmp_path / "out")
 
 
 def test_no_image_of_a_folder_is_left_out_in_silence(toy, tmp_path):
     source = write_scans(tmp_path / "in", 2)
     (source / "scan1.nii.gz").rename(source / "SCAN1.NII.GZ")
     (source / "b.nii.gz").symlink_to(tmp_path / "away.nii.gz")
-    capitals, away, plain = segment_files([toy], source, tmp_path / "out")
+    capitals, away, plain = segment_files(job_of([toy]), source, tmp_path / "out")
     assert capitals.mask == tmp_path / "out" / "SCAN1.nii.gz"
     assert away.error.startswith(f"{source / 'b.nii.gz'} is a link, and what it points to is not there; mend the link")
     assert plain.mask == tmp_path / "out" / "scan0.nii.gz"
-    (alone,) = segment_files([toy], source / "SCAN1.NII.GZ", tmp_path / "mask.nii.gz")
+    (alone,) = segment_files(job_of([toy]), source / "SCAN1.NII.GZ", tmp_path / "mask.nii.gz")
     assert alone.volumes_ml == capitals.volumes_ml
 
 

@@ -26,7 +26,7 @@ from tokenseg.imaging.dicom_files import DicomFile
 from tokenseg.imaging.volume import read_mask, write_volume
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.segment import segment_files
-from toy_models import as_stored, constant, labels_of, nearest_level, save_untrained, toy_model, untrained
+from toy_models import as_stored, constant, job_of, labels_of, nearest_level, save_untrained, toy_model, untrained
 
 DCE = make_plan(channels=2).model_copy(
     update={"channels": ("phase1", "phase1 - phase0"), "source_channels": ("phase0", "phase1"), "joint_zscore": True}
@@ -76,7 +76,7 @@ def test_every_route_of_a_dce_exam_gives_the_same_mask(tmp_path):
     dicom = write_dce(tmp_path / "dicom" / "exam")
     (exam,) = list_exams(dicom)
     scan = read_exam(exam, DCE)
-    expected = segment_files([model], dicom, tmp_path / "a.nii.gz")
+    expected = segment_files(job_of([model]), dicom, tmp_path / "a.nii.gz")
     mask = read_mask(tmp_path / "a.nii.gz").array
     assert expected[0].notes[1] == "phase1: series 8 (dyn 1), 8 slices, 60 s after the first"
     assert 0 < np.count_nonzero(mask) < mask.size
@@ -101,12 +101,12 @@ def test_every_route_of_a_dce_exam_gives_the_same_mask(tmp_path):
     write_enhanced(tmp_path / "exam.dcm", phases=3)
 
     for route in ("list", "mamamia", "4d", "list/table.csv"):
-        segment_files([model], tmp_path / route, tmp_path / f"{route}-out")
+        segment_files(job_of([model]), tmp_path / route, tmp_path / f"{route}-out")
         np.testing.assert_array_equal(read_mask(tmp_path / f"{route}-out" / "exam.nii.gz").array, mask)
     for route in (tmp_path / "exam.zip", tmp_path / "one" / "exam", tmp_path / "exam.dcm"):
-        segment_files([model], route, tmp_path / "again.nii.gz")
+        segment_files(job_of([model]), route, tmp_path / "again.nii.gz")
         np.testing.assert_array_equal(read_mask(tmp_path / "again.nii.gz").array, mask)
-    segment_files([model], dicom, tmp_path / "seg")
+    segment_files(job_of([model]), dicom, tmp_path / "seg")
     np.testing.assert_array_equal(read_seg(tmp_path / "seg" / "exam_seg.dcm", DCE.labels, scan).array, mask)
 
 
@@ -117,8 +117,8 @@ def test_real_dce_exam_by_two_routes(real_data, tmp_path):
     for number in range(3):
         phase = type(scan)(scan.array[number : number + 1], scan.affine, (f"phase{number}",))
         write_volume(tmp_path / "list" / f"exam_{number:04d}.nii.gz", phase)
-    segment_files([model], real_data / "breast_dce_dicom", tmp_path / "a_seg.dcm")
-    segment_files([model], tmp_path / "list", tmp_path / "out")
+    segment_files(job_of([model]), real_data / "breast_dce_dicom", tmp_path / "a_seg.dcm")
+    segment_files(job_of([model]), tmp_path / "list", tmp_path / "out")
     mask = read_mask(tmp_path / "out" / "exam.nii.gz").array
     assert 0 < np.count_nonzero(mask) < mask.size
     np.testing.assert_array_equal(read_seg(tmp_path / "a_seg.dcm", DCE.labels, scan).array, mask)
@@ -127,7 +127,7 @@ def test_real_dce_exam_by_two_routes(real_data, tmp_path):
 def test_no_findings(tmp_path):
     write_series(tmp_path / "exam")
     none = toy_model(constant(1.0, 0.0), TUMOUR)
-    (result,) = segment_files([none], tmp_path / "exam", tmp_path / "out")
+    (result,) = segment_files(job_of([none]), tmp_path / "exam", tmp_path / "out")
     assert result.mask == tmp_path / "out" / "exam_seg.json"
     assert json.loads(result.mask.read_text())["looked_for"] == ["tumour"]
     assert result.volumes_ml == {"tumour": 0.0}
@@ -135,12 +135,12 @@ def test_no_findings(tmp_path):
     assert not read_written_mask(case, result.mask, TUMOUR).array.any()
     # What is found later replaces it, and the other way round.
     all_of_it = toy_model(constant(0.0, 1.0), TUMOUR)
-    segment_files([all_of_it], tmp_path / "exam", tmp_path / "out")
+    segment_files(job_of([all_of_it]), tmp_path / "exam", tmp_path / "out")
     assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.dcm", *ALWAYS]
     assert dcmread(tmp_path / "out" / "exam_seg.dcm").NumberOfFrames == NUM_SLICES
-    segment_files([none], tmp_path / "exam", tmp_path / "out")
+    segment_files(job_of([none]), tmp_path / "exam", tmp_path / "out")
     assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.json", *ALWAYS]
-    segment_files([none], tmp_path / "exam", tmp_path / "out", options=SegmentOptions(empty_seg=True))
+    segment_files(job_of([none], options=SegmentOptions(empty_seg=True)), tmp_path / "exam", tmp_path / "out")
     assert names_in(tmp_path / "out") == ["exam_qc.json", "exam_seg.dcm", *ALWAYS]
     assert not dcmread(tmp_path / "out" / "exam_seg.dcm").pixel_array.any()
 
@@ -152,7 +152,7 @@ def test_one_broken_study_does_not_stop_the_others(tmp_path):
         write_series(tmp_path / "in" / "bob" / description, tags=study | {"SeriesDescription": description})
     write_series(tmp_path / "in" / "carl", heights_mm=[0, 3, 6, 12, 15])
     model = toy_model(nearest_level(2), TUMOUR)
-    results = {result.case_id: result for result in segment_files([model], tmp_path / "in", tmp_path / "out")}
+    results = {result.case_id: result for result in segment_files(job_of([model]), tmp_path / "in", tmp_path / "out")}
     assert sorted(results) == ["anna", "bob", "carl"]
     assert results["anna"].mask == tmp_path / "out" / "anna_seg.dcm"
     assert "2 series that could be 'c0'; name one with --series" in results["bob"].error
@@ -170,7 +170,7 @@ def test_a_damaged_file_stops_its_study_alone(tmp_path, length, zipped):
     given = tmp_path / "in"
     if zipped:  # around the folder, as many programs do
         given = Path(shutil.make_archive(str(tmp_path / "in"), "zip", tmp_path, "in"))
-    good, bad = segment_files([toy_model(constant(0.0, 1.0), TUMOUR)], given, tmp_path / "out")
+    good, bad = segment_files(job_of([toy_model(constant(0.0, 1.0), TUMOUR)]), given, tmp_path / "out")
     assert good.mask is not None
     assert path.name in bad.error
     lines = [json.loads(line) for line in (tmp_path / "out" / "status.jsonl").read_text().splitlines()]
@@ -187,7 +187,7 @@ def test_a_slice_that_comes_later_and_is_damaged(tmp_path, monkeypatch):
     model = load_model(save_untrained(tmp_path / "model"))
 
     def masks() -> list[str]:
-        results = segment_files([model], tmp_path / "in", tmp_path / "out")
+        results = segment_files(job_of([model]), tmp_path / "in", tmp_path / "out")
         assert [bool(result.error) for result in results] == [False, path.exists()]
         return sorted(mask.name for mask in (tmp_path / "out").glob("*_seg.dcm"))
 
@@ -236,20 +236,20 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         folder.mkdir()
         (folder / name).write_text("of somebody")
         with pytest.raises(FileError, match=rf"already holds {name}, not written by"):
-            segment_files([model], tmp_path / "exam", folder)
+            segment_files(job_of([model]), tmp_path / "exam", folder)
         assert (folder / name).read_text() == "of somebody"
 
 
 def test_series_is_for_dicom_only(tmp_path):
     write_series(tmp_path / "exam")
     model = toy_model(constant(0.0, 1.0), TUMOUR)
-    segment_files([model], tmp_path / "exam", tmp_path / "scan.nrrd")
+    segment_files(job_of([model]), tmp_path / "exam", tmp_path / "scan.nrrd")
     with pytest.raises(ConfigError, match=r"--series t1: .*scan\.nrrd is not DICOM; leave it out"):
-        segment_files([model], tmp_path / "scan.nrrd", tmp_path / "b.nrrd", options=SegmentOptions(series="t1"))
+        segment_files(job_of([model], options=SegmentOptions(series="t1")), tmp_path / "scan.nrrd", tmp_path / "b.nrrd")
     shutil.rmtree(tmp_path / "exam")
     (tmp_path / "exam").mkdir()
     with pytest.raises(FileError, match="no DICOM images below it"):
-        segment_files([model], tmp_path / "exam", tmp_path / "out")
+        segment_files(job_of([model]), tmp_path / "exam", tmp_path / "out")
 
 
 def test_other_formats_keep_theirs(tmp_path):
@@ -259,7 +259,7 @@ def test_other_formats_keep_theirs(tmp_path):
     scan = read_exam(exam, TUMOUR)
     for ending in (".nrrd", ".mha", ".nii"):
         write_volume(tmp_path / "in" / f"scan-{ending[1:]}{ending}", scan)
-    results = segment_files([model], tmp_path / "in", tmp_path / "out")
+    results = segment_files(job_of([model]), tmp_path / "in", tmp_path / "out")
     assert sorted(result.mask.name for result in results) == ["scan-mha.mha", "scan-nii.nii", "scan-nrrd.nrrd"]
     for result in results:
         assert read_mask(result.mask).array.all()
@@ -272,23 +272,23 @@ def test_nothing_is_written_among_the_slices(tmp_path):
     model = toy_model(constant(0.0, 1.0), TUMOUR)
     for output in (paths[3].with_suffix(".dcm"), tmp_path / "exam" / "mask.nii.gz", tmp_path / "exam" / "out"):
         with pytest.raises(FileError, match="lies among the DICOM files"):
-            segment_files([model], tmp_path / "exam", output)
+            segment_files(job_of([model]), tmp_path / "exam", output)
     assert paths[3].read_bytes() == before
 
 
 def test_one_file_out_is_never_stale(tmp_path):
     write_series(tmp_path / "exam")
     all_of_it, none = toy_model(constant(0.0, 1.0), TUMOUR), toy_model(constant(1.0, 0.0), TUMOUR)
-    (found,) = segment_files([all_of_it], tmp_path / "exam", tmp_path / "x.dcm")
+    (found,) = segment_files(job_of([all_of_it]), tmp_path / "exam", tmp_path / "x.dcm")
     assert found.mask == tmp_path / "x.dcm"
-    (nothing,) = segment_files([none], tmp_path / "exam", tmp_path / "x.dcm")
+    (nothing,) = segment_files(job_of([none]), tmp_path / "exam", tmp_path / "x.dcm")
     assert nothing.mask == tmp_path / "x_seg.json"
     assert not (tmp_path / "x.dcm").exists()
-    segment_files([all_of_it], tmp_path / "exam", tmp_path / "x.dcm")
+    segment_files(job_of([all_of_it]), tmp_path / "exam", tmp_path / "x.dcm")
     assert not (tmp_path / "x_seg.json").exists()
     (tmp_path / "y_seg.json").write_text('{"of": "somebody"}')
     with pytest.raises(FileError, match=r"y_seg\.json is in the way"):
-        segment_files([none], tmp_path / "exam", tmp_path / "y.dcm")
+        segment_files(job_of([none]), tmp_path / "exam", tmp_path / "y.dcm")
 
 
 def test_an_archive_of_several_studies_prints_all(tmp_path, capsys):

@@ -31,7 +31,7 @@ from tokenseg.plan_grid.coarse import coarse_image
 from tokenseg.plan_grid.preprocess import rows_of
 from tokenseg.saved_model.checkpoint import Model
 from tokenseg.segmentation.segment import segment_files
-from toy_models import Toy, above_level, as_stored, constant, toy_model
+from toy_models import Toy, above_level, as_stored, constant, job_of, toy_model
 
 WINDOW, FACTOR, NUM_FULL = (32, 32, 32), (4, 4, 2), 5 * 4 * 3
 
@@ -306,16 +306,16 @@ def test_the_summary_counts_windows(tmp_path):
     model = toy_model(steep(), toy_plan())
     rows = {}
     for full in (False, True):
-        segment_files([model], tmp_path / "in", tmp_path / "out", options=SegmentOptions(full=full))
+        segment_files(job_of([model], options=SegmentOptions(full=full)), tmp_path / "in", tmp_path / "out")
         with (tmp_path / "out" / "summary.csv").open(newline="") as file:
             rows[full] = [(row["windows_run"], row["windows_full"]) for row in csv.DictReader(file)]
     assert rows == {False: [("1", "60"), ("0", "64"), ("", "")], True: [("60", "60"), ("64", "64"), ("", "")]}
-    segment_files([toy_model(steep(), toy_plan(coarse_factor=None))], tmp_path / "in", tmp_path / "plain")
+    segment_files(job_of([toy_model(steep(), toy_plan(coarse_factor=None))]), tmp_path / "in", tmp_path / "plain")
     assert "windows" not in (tmp_path / "plain" / "summary.csv").read_text()
 
 
 def test_windows_of_an_ensemble_are_added_up(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", framed(cube(28, 24, 12))[0].astype(np.int16))
     models = [toy_model(steep(), toy_plan()), toy_model(constant(-9.0), toy_plan())]
-    (result,) = segment_files(models, tmp_path / "a.nii.gz", tmp_path / "out.nii.gz")
+    (result,) = segment_files(job_of(models), tmp_path / "a.nii.gz", tmp_path / "out.nii.gz")
     assert (result.windows_run, result.windows_full) == (1, 120)

@@ -17,7 +17,7 @@ from tokenseg.planning.suitability import ChannelRange, InputFacts, check_input,
 from tokenseg.saved_model.checkpoint import load_model, save_model
 from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.segment import segment_files
-from toy_models import as_stored, untrained
+from toy_models import as_stored, job_of, untrained
 
 MR = ChannelRange(name="MRI", minimum=(0, 3), negative_share=(0, 0))
 CT = ChannelRange(name="MRI", minimum=(-1024, -900), negative_share=(0.4, 0.7))
@@ -225,7 +225,7 @@ def test_segment_tells_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture
         "field of view 100 x 40 x 40 mm; trained on 31-43 x 40-59 x 24-47 mm crops around the hippocampus; "
         "crop it first"
     )
-    results = segment_files([load_model(tmp_path / "model")], tmp_path / "in", tmp_path / "library")
+    results = segment_files(job_of([load_model(tmp_path / "model")]), tmp_path / "in", tmp_path / "library")
     assert [result.warnings for result in results] == [(warning,), ()]
     assert all(result.mask is not None for result in results)
     assert capsys.readouterr() == ("", "")

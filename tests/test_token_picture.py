@@ -11,8 +11,9 @@ from fake_tokens import box_sums_model
 from plans import make_plan
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.imaging.volume import Mask, Volume
+from tokenseg.tokens.find import report_tokens
 from tokenseg.tokens.picture import _draw, check_can_draw, draw_tokens, write_picture
-from tokenseg.tokens.report import TokenReport, report_tokens
+from tokenseg.tokens.report import TokenReport
 from toy_models import as_stored, untrained
 
 ORANGE, BLUE, GREEN, PINK = "1/2", "1/4", "1/8", "1/16"

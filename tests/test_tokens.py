@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -19,14 +20,19 @@ from tokenseg.device import autocast
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, ModelError
 from tokenseg.imaging.orientation import turn_to_ras
 from tokenseg.imaging.volume import Mask, Volume, read_mask, read_volume
-from tokenseg.inference.predict import segment_volume
+from tokenseg.inference.predict import Manner, segment_scan, segment_volume
 from tokenseg.inference.windows import pad_rows
 from tokenseg.plan_grid.preprocess import prepare_image, prepare_labels, rows_of, whole_image
+from tokenseg.report.reports import tokens_of_worst
+from tokenseg.saved_model.checkpoint import Model
+from tokenseg.saved_model.ensemble import Ensemble
+from tokenseg.segmentation.segment import segment_files
 from tokenseg.tokens.boundary import boundary_distances_mm
-from tokenseg.tokens.case import find_tokens
-from tokenseg.tokens.report import RADII_MM, describe_tokens, report_tokens, tokens_of_case, write_json
+from tokenseg.tokens.case import CaseTokens
+from tokenseg.tokens.find import report_tokens, tokens_of_case
+from tokenseg.tokens.report import RADII_MM, describe_tokens, write_json
 from tokenseg.training.losses import cell_foreground
-from toy_models import Toy, as_stored, toy_model, untrained
+from toy_models import Toy, as_stored, job_of, toy_model, untrained
 
 ROTATIONS = {
     "RAS": np.diag([1.0, 1, 1, 1]),
@@ -63,6 +69,10 @@ def ball(shape: tuple[int, int, int], centre: tuple[float, ...], radius: float) 
     return np.sqrt(sum(axis**2 for axis in np.meshgrid(*axes, indexing="ij"))) < radius
 
 
+def tokens_in(model: Model, volume: Volume) -> CaseTokens:
+    return report_tokens(model, volume, "case").tokens
+
+
 # ---- where tokens lie
 
 
@@ -80,7 +90,7 @@ def test_boxes_hold_in_the_scan_what_the_network_saw_in_them(affine, shape, limi
         inner = tuple(slice(border, -border) for _ in range(3))
         array[(0, *inner)] = volume.array[(0, *inner)]
         volume = Volume(array, affine, ("c0",))
-    tokens = find_tokens(box_sums_model(plan_of((24, 24, 24), limit), nothing), volume)
+    tokens = tokens_in(box_sums_model(plan_of((24, 24, 24), limit), nothing), volume)
     assert len(tokens.kept) == passes or len(tokens.kept) > 1
     image = nib.as_closest_canonical(nib.Nifti1Image(volume.array[0], affine)).get_fdata()
     assert tokens.boxes_vox.min() >= border
@@ -108,7 +118,7 @@ def test_the_best_boxes_hold_the_bright_spot_after_resampling(blob, spacing_mm, 
     # A faint rim keeps the border from being cropped.
     array[0, ::12, ::13, ::14] = 1
     plan = plan_of((window,) * 3, (window,) * 3)
-    tokens = find_tokens(box_sums_model(plan, nothing), Volume(array, affine, ("c0",)))
+    tokens = tokens_in(box_sums_model(plan, nothing), Volume(array, affine, ("c0",)))
     bright_place = turn_to_ras(array[0], tokens.record.axes, tokens.record.flipped) == 100
     centre = np.argwhere(bright_place).mean(axis=0) + 0.5
     number = tokens.score.max(axis=1).argmax()
@@ -121,7 +131,7 @@ def test_the_best_boxes_hold_the_bright_spot_after_resampling(blob, spacing_mm, 
 @settings(max_examples=25, deadline=None)
 @given(shape=st.tuples(*[st.integers(3, 30)] * 3), window=st.integers(10, 20))
 def test_drawn_cells_tile_the_scan(shape, window):
-    tokens = find_tokens(box_sums_model(plan_of((window,) * 3), nothing), scan(shape))
+    tokens = tokens_in(box_sums_model(plan_of((window,) * 3), nothing), scan(shape))
     cells = tokens.cells_vox[:, tokens.level == 2].reshape(-1, 2, 3)
     count = np.zeros(shape, int)
     # Just off the voxel centres, where no cell ends.
@@ -147,7 +157,7 @@ def test_cells_in_padding_have_empty_boxes_and_are_marked():
 
 
 def test_terms_codes_and_passes_stay_with_their_tokens():
-    tokens = find_tokens(box_sums_model(plan_of((16, 16, 16)), nothing), scan((16, 16, 30)))
+    tokens = tokens_in(box_sums_model(plan_of((16, 16, 16)), nothing), scan((16, 16, 30)))
     assert tokens.kept.shape == (3, 96)
     np.testing.assert_array_equal(tokens.level, np.repeat(np.arange(4), 24))
     np.testing.assert_array_equal(tokens.boundary, np.broadcast_to(tokens.level, (3, 96)))
@@ -163,7 +173,7 @@ def test_terms_codes_and_passes_stay_with_their_tokens():
 def test_the_prediction_is_what_segment_gives(shape, affine):
     volume = Volume(phantom(0, shape=shape)[0], affine, ("c0",))
     model = untrained()
-    tokens = find_tokens(model, volume)
+    tokens = tokens_in(model, volume)
     np.testing.assert_array_equal(
         tokens.prediction, turn_to_ras(segment_volume(model, volume) != 0, tokens.record.axes, tokens.record.flipped)
     )
@@ -173,10 +183,65 @@ def test_the_prediction_is_what_segment_gives(shape, affine):
     assert tokens.num_codes == PRESETS["tiny"].codebook_size > tokens.code.max()
 
 
+def test_tokens_do_not_depend_on_slabs():
+    """A window that runs in two slabs is told of once, and the order is that of the windows."""
+    volume, ensemble = scan((40, 33, 50)), Ensemble.of(untrained())
+    whole, cut = (segment_scan(ensemble, volume, Manner(num_slabs=n, tokens=True)) for n in (1, 4))
+    np.testing.assert_array_equal(whole.mask, cut.mask)
+    assert len(whole.tokens.passes[0].corners) == whole.windows_run > 1
+    for one, other in zip(whole.tokens.passes[0], cut.tokens.passes[0], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_each_model_of_an_ensemble_is_told_of():
+    models = [untrained(seed=1), untrained(config=PRESETS["tiny"].model_copy(update={"tokens": False})), untrained()]
+    volume = scan((20, 24, 22))
+    together = segment_scan(Ensemble.of(models), volume, Manner(tokens=True)).tokens
+    assert [passes is None for passes in together.passes] == [False, True, False]
+    for model, passes in zip(models, together.passes, strict=True):
+        alone = segment_scan(Ensemble.of(model), volume, Manner(tokens=True)).tokens.passes[0]
+        if passes is not None:
+            np.testing.assert_array_equal(passes.score, alone.score)
+    assert not np.array_equal(together.passes[0].score, together.passes[2].score)
+
+
+def test_nobody_listens_where_nobody_asks():
+    assert segment_scan(Ensemble.of(untrained()), scan((20, 24, 22))).tokens is None
+
+
+def test_steered_windows_are_told_of_and_no_others():
+    plan = plan_of((16, 16, 16), coarse_factor=(2, 2, 2))
+    volume = scan((64, 60, 62))
+    volume.array[0, 30:36, 30:36, 30:36] = 100
+    model = box_sums_model(plan, bright)
+    found = segment_scan(Ensemble.of(model), volume, Manner(tokens=True))
+    assert 0 < found.windows_run < found.windows_full
+    assert len(found.tokens.passes[0].corners) == found.windows_run
+    with pytest.raises(DataError, match="calls for no window at full spacing"):
+        report_tokens(box_sums_model(plan, nothing), volume, "case")
+
+
+def test_a_report_costs_no_pass(tmp_path):
+    """The tokens of a report come from the passes that segment anyway, of every model and in windows too."""
+    path = write_nifti(tmp_path / "scan.nii.gz", phantom(0, shape=(40, 33, 50))[0][0])
+    models = [box_sums_model(plan_of((32, 32, 32)), bright, name=name) for name in ("boxes", "boxes")]
+    job = job_of(models, tokens_of=1)
+    (result,) = segment_files(job, path, tmp_path / "mask.nii.gz")
+    passes = [model.network.passes for model in models]
+    assert sum(passes) == result.windows_run == 24
+    reports = tokens_of_worst(job, [result])
+    assert [report.model_name for report in reports] == ["boxes 1 of 2", "boxes 2 of 2"]
+    assert [model.network.passes for model in models] == passes
+    # Of a case that an earlier call did nothing was kept: it runs again, by the same way.
+    again = tokens_of_worst(job, [replace(result, tokens=None)])
+    np.testing.assert_array_equal(again[0].tokens.boxes_vox, reports[0].tokens.boxes_vox)
+    assert [model.network.passes for model in models] == [2 * count for count in passes]
+
+
 def test_nan_is_refused():
     broken = box_sums_model(plan_of((16, 16, 16)), lambda images: bright(images) * float("nan"))
     with pytest.raises(ModelError, match="'boxes' gives NaN or infinity here; train it again"):
-        find_tokens(broken, scan((16, 16, 16)))
+        tokens_in(broken, scan((16, 16, 16)))
 
 
 # ---- numbers
@@ -259,7 +324,7 @@ def test_a_codebook_free_model_says_so():
     assert {entry["code"] for entry in report.to_json()["tokens"]} == {None}
     assert "codebook: none in this model" in describe_tokens(report)
     scalar = PRESETS["tiny"].model_copy(update={"quantizer": "fsq"})
-    tokens = find_tokens(untrained(config=scalar), scan((20, 20, 20)))
+    tokens = tokens_in(untrained(config=scalar), scan((20, 20, 20)))
     assert tokens.num_codes == 8**4
 
 
@@ -332,7 +397,7 @@ def test_wrong_requests_are_named(folder):
     with pytest.raises(ConfigError, match=r"'toy' was trained without tokens \(tokens = false\)"):
         tokens_of_case(plain, folder / "two" / "a.nii.gz")
     with pytest.raises(ConfigError, match="trained without tokens"):
-        find_tokens(plain, scan((8, 8, 8)))
+        tokens_in(plain, scan((8, 8, 8)))
 
 
 def test_a_reference_that_does_not_fit_is_refused(folder):

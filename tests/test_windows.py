@@ -139,7 +139,7 @@ def test_a_caller_may_run_some_of_the_windows():
     weight = torch.stack([row.weight for row in rows[8:]])
     torch.testing.assert_close(weight, window_weight((16, 16, 16)))
     answer = torch.stack([row.weighted / row.weight for row in rows[8:]], dim=1)
-    torch.testing.assert_close(answer, forward(image[None, :, 8:])[0])
+    torch.testing.assert_close(answer, forward(image[None, :, 8:]).logits[0])
 
 
 def test_rows_beyond_the_last_window_have_no_answer():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from plans import make_plan
 from tokenseg.config import PRESETS, ChannelNormalisation, Label, NetworkConfig, Plan
+from tokenseg.datasets.cases import Case
 from tokenseg.model.network import TokenSeg, TokenSegOutput
 from tokenseg.saved_model.checkpoint import Model, ModelFacts, save_model
+from tokenseg.saved_model.ensemble import Ensemble
+from tokenseg.segmentation.job import SegmentJob
 
 AS_STORED = ChannelNormalisation(kind="window", low=-1e6, high=1e6, mean=0, std=1)
 
@@ -82,3 +85,12 @@ def save_untrained(folder: Path, plan: Plan | None = None, seed: int = 0) -> Pat
     model = untrained(plan, seed)
     save_model(folder, model.network, model.facts)
     return folder
+
+
+def job_of(models: Model | Sequence[Model], **asked: object) -> SegmentJob:
+    """A call of `segment`: by one model or several, with what else is asked for by the names of `SegmentJob`."""
+    return SegmentJob(Ensemble.of(models), **asked)
+
+
+def case_named(name: str, *images: Path) -> Case:
+    return Case(name, name, images)

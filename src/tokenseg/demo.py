@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,9 @@ from tokenseg.report.scores import evaluation_section, scrollable
 from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
 from tokenseg.saved_model.checkpoint import Model, load_model
+from tokenseg.saved_model.ensemble import Ensemble
+from tokenseg.segmentation.job import SegmentJob
+from tokenseg.segmentation.results import CaseResult
 from tokenseg.segmentation.segment import segment_cases
 from tokenseg.synthetic.datasets import COHORT_NAME, write_cohort
 from tokenseg.tokens.report import TokenReport
@@ -130,15 +134,15 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
         _train_tokenseg(cohort / "train", folder / TOKENSEG, size, progress)
         progress.message("waiting for the training of MONAI UNet, which runs beside")
     models = {TOKENSEG: load_model(folder / TOKENSEG), UNET: load_model(folder / UNET, make_network=monai_unet)}
-    rows, evaluations = [], dict[tuple[str, str], Evaluation]()
+    rows, scored = [], dict[tuple[str, str], _Scored]()
     for part in PARTS:
         for network, model in models.items():
-            evaluation = _segment_and_evaluate(model, cohort / part, folder / "masks" / network / part, progress)
-            evaluations[network, part] = evaluation
-            rows.append(_row(network, part, evaluation, folder / network))
+            found = _segment_and_evaluate(model, cohort / part, folder / "masks" / network / part, progress)
+            scored[network, part] = found
+            rows.append(_row(network, part, found.evaluation, folder / network))
     write_atomically(folder / "demo.json", (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
     progress.message("writing the report")
-    _write_report(folder, rows, evaluations, models[TOKENSEG])
+    _write_report(folder, rows, scored)
     return DemoResult(tuple(rows), folder / REPORT_NAME)
 
 
@@ -223,10 +227,19 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _segment_and_evaluate(model: Model, dataset: Path, masks: Path, progress: Progress) -> Evaluation:
+class _Scored(NamedTuple):
+    """A part of the exams that one network segmented."""
+
+    job: SegmentJob
+    results: list[CaseResult]
+    evaluation: Evaluation
+
+
+def _segment_and_evaluate(model: Model, dataset: Path, masks: Path, progress: Progress) -> _Scored:
     plan = model.facts.plan
-    segment_cases([model], list_inputs(dataset, plan), masks, progress)
-    return evaluate_folders(masks, dataset, labels=plan.labels)
+    cases = list_inputs(dataset, plan)
+    job = SegmentJob(Ensemble.of(model), progress=progress, tokens_of=len(cases))
+    return _Scored(job, segment_cases(job, cases, masks), evaluate_folders(masks, dataset, labels=plan.labels))
 
 
 def _row(network: str, part: str, evaluation: Evaluation, run: Path) -> DemoRow:
@@ -245,20 +258,17 @@ def _row(network: str, part: str, evaluation: Evaluation, run: Path) -> DemoRow:
     )
 
 
-def _write_report(
-    folder: Path, rows: Sequence[DemoRow], evaluations: Mapping[tuple[str, str], Evaluation], model: Model
-) -> None:
+def _write_report(folder: Path, rows: Sequence[DemoRow], scored: Mapping[tuple[str, str], _Scored]) -> None:
     """The comparison first, then TokenSeg's cases of both centres, scores, tokens and curves."""
     sections = [Section("comparison", "Comparison", _comparison(rows))]
     tokens: list[TokenReport] = []
     for part, name in PARTS.items():
-        evaluation, dataset = evaluations[TOKENSEG, part], open_dataset(folder / "cohort" / part)
-        found = tokens_of_selected(model, evaluation, dataset)
-        boxes = {each.case_id: token_boxes(each.tokens) for each in found}
-        views = evaluation_views(evaluation, dataset, boxes)
+        dataset, shown = open_dataset(folder / "cohort" / part), scored[TOKENSEG, part]
+        found = tokens_of_selected(*shown)
+        views = evaluation_views(shown.evaluation, dataset, token_boxes(found))
         sections.append(viewer_section(views, f"cases-{part}", name.capitalize()))
         tokens += found
-    for (network, part), evaluation in evaluations.items():
+    for (network, part), (_, _, evaluation) in scored.items():
         title = f"{NAMES[network]}, {PARTS[part]}"
         sections.append(evaluation_section(evaluation, f"scores-{network}-{part}", title))
     if tokens:

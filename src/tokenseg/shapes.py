@@ -12,7 +12,6 @@ Network tensors are (B, C, X, Y, Z).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -26,8 +25,6 @@ Tokens: TypeAlias = Float[Tensor, "B N F"]
 Codes: TypeAlias = Integer[Tensor, "B N"]
 TokenScalars: TypeAlias = Float[Tensor, "B N"]
 TokenFlags: TypeAlias = Bool[Tensor, "B N"]
-Forward: TypeAlias = Callable[[Images], Logits]
-"""One pass of a network at inference, float32 in and out on the CPU, whatever computes it."""
 
 ImageArray: TypeAlias = Float[np.ndarray, "C X Y Z"]
 MaskArray: TypeAlias = Integer[np.ndarray, "X Y Z"]

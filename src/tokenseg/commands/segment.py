@@ -18,8 +18,8 @@ from tokenseg.errors import ConfigError, TokenSegError
 
 if TYPE_CHECKING:
     from tokenseg.inference.engine import EngineChoice
-    from tokenseg.saved_model.checkpoint import Model
-    from tokenseg.segmentation.outputs import CaseResult
+    from tokenseg.segmentation.job import SegmentJob
+    from tokenseg.segmentation.results import CaseResult
     from tokenseg.segmentation.segment import Compute
 
 
@@ -55,6 +55,8 @@ class Segment:
         from tokenseg.device import choose_device
         from tokenseg.inference.engine import choose_engine
         from tokenseg.saved_model.checkpoint import load_model
+        from tokenseg.saved_model.ensemble import Ensemble
+        from tokenseg.segmentation.job import SegmentJob
         from tokenseg.segmentation.segment import segment_files
 
         if self.threads is not None:
@@ -68,23 +70,24 @@ class Segment:
         if chosen.problem:
             say(f"note: {chosen.problem}; torch computes")
         compute = self._on_cluster(chosen) if self.engine == "ray" else None
+        ensemble = Ensemble.of(chosen.models)
         with Terminal() as terminal:
-            results = segment_files(
-                chosen.models,
-                self.input,
-                self.output,
-                terminal,
-                options=self.options,
-                command=self._command(),
-                compute=compute,
-            )
+            job = SegmentJob(ensemble, self.options, terminal, self._command(), self._tokens_of())
+            results = segment_files(job, self.input, self.output, compute)
         failed = [result for result in results if result.mask is None]
         if failed and not self.output.is_dir():  # one case, one file
             raise TokenSegError(failed[0].error)
         say(f"engine: {chosen.engine}, {chosen.precision}, {device.type}")
         self._print(results, failed)
-        self._write_report(models[0], results)
+        self._write_report(job, results)
         return 1 if failed else 0
+
+    def _tokens_of(self) -> int:
+        if self.report is None:
+            return 0
+        from tokenseg.report.reports import MAX_TOKENS_SHOWN
+
+        return MAX_TOKENS_SHOWN
 
     def _on_cluster(self, chosen: EngineChoice) -> Compute:
         from tokenseg.segmentation.cluster import on_cluster
@@ -113,24 +116,13 @@ class Segment:
 
         return shown_name(result.case_id, show_names=self.options.show_names)
 
-    def _write_report(self, model: Model, results: list[CaseResult]) -> None:
+    def _write_report(self, job: SegmentJob, results: list[CaseResult]) -> None:
         if self.report is None:
             return
-        from tokenseg.datasets.inputs import list_inputs
         from tokenseg.report.reports import segmentation_report, tokens_of_worst
 
-        plan = model.facts.plan
-        cases = list_inputs(self.input, plan, self.options.series)
-        tokens = tokens_of_worst(model, results, cases)
-        segmentation_report(
-            self.report,
-            results,
-            cases,
-            plan,
-            date.today().isoformat(),
-            tokens=tokens,
-            show_names=self.options.show_names,
-        )
+        today, tokens = date.today().isoformat(), tokens_of_worst(job, results)
+        segmentation_report(self.report, results, job.plan, today, tokens=tokens, show_names=self.options.show_names)
         say(f"report: {self.report}")
 
 

@@ -29,15 +29,18 @@ class Tokens:
 
     def execute(self) -> int:
         """Find the tokens, print a table, write the files asked for."""
+        from tokenseg.inference.engine import choose_engine
         from tokenseg.saved_model.checkpoint import load_model
-        from tokenseg.tokens.report import describe_tokens, tokens_of_case, write_json
+        from tokenseg.tokens.find import tokens_of_case
+        from tokenseg.tokens.report import describe_tokens, write_json
 
         check_outputs(json=self.json, picture=self.picture)
         if self.picture is not None:
             from tokenseg.tokens.picture import check_can_draw
 
             check_can_draw(self.picture)
-        report = tokens_of_case(load_model(self.model), self.case, self.reference)
+        model = choose_engine([load_model(self.model)], "auto").models[0]
+        report = tokens_of_case(model, self.case, self.reference)
         print(describe_tokens(report), end="")
         print(NOTICE)
         if self.json is not None:

@@ -54,6 +54,11 @@ def in_row_order(sizes: Shape3, order: Shape3) -> Shape3:
     return shape3(sizes[axis] for axis in order)
 
 
+def from_row_order(sizes: Shape3, order: Shape3) -> Shape3:
+    """Three numbers in the order of the rows along X, Y, Z again."""
+    return shape3(sizes[order.index(axis)] for axis in range(3))
+
+
 def to_rows(image: Float[Tensor, "C X Y Z"], order: Shape3) -> Float[Tensor, "C a b c"]:
     """Turn an image so that its rows come first (a view)."""
     return image.permute(0, *(axis + 1 for axis in order))

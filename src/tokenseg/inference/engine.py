@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,16 +28,16 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenseg.about import __version__
 from tokenseg.config import EngineName
 from tokenseg.device import bfloat16_helps
 from tokenseg.errors import ConfigError, FileError, ModelError
 from tokenseg.files import remove_leftovers, write_atomically
-from tokenseg.model.network import TokenSeg
+from tokenseg.model.passes import Forward, Parts, Pass, joined, parts_of
 from tokenseg.saved_model.checkpoint import Model
-from tokenseg.shapes import Forward, Images, Logits
+from tokenseg.shapes import Images
 
 Precision: TypeAlias = Literal["fp32", "bf16"]
 Size: TypeAlias = tuple[int, int, int]
@@ -44,6 +45,8 @@ Converted: TypeAlias = Any
 """An `openvino.Model`; OpenVINO brings no types."""
 Compiled: TypeAlias = Any
 """An `openvino.CompiledModel`."""
+Core: TypeAlias = Any
+"""An `openvino.Core`."""
 
 CACHED_MODELS = 5
 _COMPILED_SIZES = 4
@@ -108,11 +111,12 @@ def compile_openvino(network: nn.Module, channels: int, *, threads: int | None, 
     Returns:
         A function of images whose first call at a size takes seconds. The last few sizes stay compiled.
     """
+    parts = parts_of(network)
 
     def compile_for(size: Size) -> Compiled:
-        return _compile(_convert(network, channels, size), threads, precision)
+        return _compile(_convert(parts, channels, size), threads, precision)
 
-    return _by_size(network, compile_for)
+    return _by_size(parts, compile_for)
 
 
 def _check_usable(device: torch.device) -> None:
@@ -127,12 +131,12 @@ def _forward_of(model: Model, threads: int | None, precision: Precision) -> Forw
 
     Which of the two computes depends on the size alone, so that a scan gives the same mask whatever came before it.
     """
-    network, plan = model.network, model.facts.plan
-    if not isinstance(network, TokenSeg):
-        return compile_openvino(network, len(plan.channels), threads=threads, precision=precision)
+    parts, plan = parts_of(model.network), model.facts.plan
+    if not parts.any_size:
+        return compile_openvino(model.network, len(plan.channels), threads=threads, precision=precision)
     content = _stored_conversion(model)
     any_size = _compile(_unpack(content), threads, precision)
-    window = _padded_size(network, plan.window_vox)
+    window = _padded_size(parts, plan.window_vox)
 
     def compile_for(size: Size) -> Compiled:
         if size != window:
@@ -141,42 +145,32 @@ def _forward_of(model: Model, threads: int | None, precision: Precision) -> Forw
         converted.reshape([1, len(plan.channels), *size])
         return _compile(converted, threads, precision)
 
-    padded_forward = _by_size(network, compile_for)
-
-    def forward(images: Images) -> Logits:
-        x, y, z = images.shape[2:]
-        padding = network.padding((x, y, z))
-        padded = nn.functional.pad(images, padding) if any(padding) else images
-        return padded_forward(padded)[:, :, :x, :y, :z]
-
-    return forward
+    return _by_size(parts, compile_for)
 
 
-def _by_size(network: nn.Module, compile_for: Callable[[Size], Compiled]) -> Forward:
+def _by_size(parts: Parts, compile_for: Callable[[Size], Compiled]) -> Forward:
     """A forward pass that keeps what was compiled for the last few sizes."""
     compiled: dict[Size, Any] = {}
 
-    def forward_one(image: Images) -> Logits:
-        size = (image.shape[2], image.shape[3], image.shape[4])
+    def forward_one(image: Images) -> Pass:
+        x, y, z = image.shape[2:]
+        padding = parts.padding((x, y, z))
+        padded = nn.functional.pad(image, padding) if any(padding) else image
+        size = (padded.shape[2], padded.shape[3], padded.shape[4])
         # The size used last stands last.
         request = compiled.pop(size, None) or compile_for(size).create_infer_request()
         compiled[size] = request
         if len(compiled) > _COMPILED_SIZES:
             del compiled[next(iter(compiled))]
-        result = request.infer({0: image.contiguous().numpy()}, share_inputs=True, share_outputs=True)[0]
-        return _unshared(network, torch.from_numpy(result))[:, :, : size[0], : size[1], : size[2]]
+        results = request.infer({0: padded.contiguous().numpy()}, share_inputs=True, share_outputs=True)
+        found = parts.finished([torch.from_numpy(results[number]) for number in range(len(results))], (x, y, z))
+        return found._replace(logits=found.logits[:, :, :x, :y, :z])
 
-    def forward(images: Images) -> Logits:
-        results = [forward_one(image) for image in torch.split(images, 1)]
-        return results[0] if len(results) == 1 else torch.cat(results)
+    def forward(images: Images) -> Pass:
+        passes = [forward_one(image) for image in torch.split(images, 1)]
+        return passes[0] if len(passes) == 1 else joined(passes)
 
     return forward
-
-
-def _unshared(network: nn.Module, result: Tensor) -> Logits:
-    """Logits of voxels, in memory of their own: a request writes over its result next time."""
-    logits: Logits = network.voxels(result) if isinstance(network, TokenSeg) else result
-    return logits.clone() if logits.data_ptr() == result.data_ptr() else logits
 
 
 # ---- conversion
@@ -202,29 +196,25 @@ def _import_openvino() -> ModuleType:
     return openvino
 
 
-class _LogitsOnly(nn.Module):
-    """TokenSeg's come in blocks: torch takes them apart faster, and in the copy that has to be made anyway."""
+@cache
+def _core() -> Core:
+    """The only one of the process, never dropped.
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        if isinstance(self.network, TokenSeg):
-            return self.network.blocks(images).logits
-        output: Any = self.network(images)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
+    Each core's CPU plugin gives the thread that loads it a stack for signal handlers, and on its way out restores the
+    one before. That may belong to a core dropped earlier, and be unmapped: the next signal that Python handles, Ctrl-C
+    say, would then be a segmentation fault.
+    """
+    return _import_openvino().Core()
 
 
-def _convert(network: nn.Module, channels: int, size: Size) -> Converted:
+def _convert(parts: Parts, channels: int, size: Size) -> Converted:
     """Trace at a size and convert for this size."""
     openvino = _import_openvino()
     example = torch.zeros(1, channels, *size)
     with torch.no_grad(), warnings.catch_warnings():
         # The tracer warns of every Python number made from a size.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(_LogitsOnly(network), example, check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(parts, example, check_trace=False)  # type: ignore[no-untyped-call]
     decoder = openvino.frontend.pytorch.ts_decoder.TorchScriptPythonDecoder(traced, shared_memory=False)
     reader = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
     converted = reader.convert(reader.load(decoder))
@@ -241,7 +231,7 @@ def _compile(converted: Converted, threads: int | None, precision: Precision) ->
         # Several processes would be pinned to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    return _import_openvino().Core().compile_model(converted, "CPU", settings)
+    return _core().compile_model(converted, "CPU", settings)
 
 
 def _convert_any_size(model: Model) -> bytes:
@@ -250,29 +240,27 @@ def _convert_any_size(model: Model) -> bytes:
     Raises:
         ModelError: The results differ.
     """
-    network, channels = model.network, len(model.facts.plan.channels)
-    if not isinstance(network, TokenSeg):
-        raise TypeError("only TokenSeg is known to be traced right for all sizes")
-    converted = _convert(network, channels, _padded_size(network, _EXAMPLE_VOX))
+    parts, channels = parts_of(model.network), len(model.facts.plan.channels)
+    converted = _convert(parts, channels, _padded_size(parts, _EXAMPLE_VOX))
     converted.reshape([1, channels, -1, -1, -1])
     content = _pack(converted)
     compiled = _compile(_unpack(content), None, "fp32")
-    forward = _by_size(network, lambda _: compiled)
+    forward = _by_size(parts, lambda _: compiled)
     generator = torch.Generator().manual_seed(0)
     for vox in _CHECKED_VOX:
-        images = torch.randn(1, channels, *_padded_size(network, vox), generator=generator)
+        images = torch.randn(1, channels, *_padded_size(parts, vox), generator=generator)
         with torch.inference_mode():
-            expected = network(images).logits
-        off = (forward(images) - expected).abs() > 1e-3 * expected.abs().amax()
+            expected = model.network(images).logits
+        off = (forward(images).logits - expected).abs() > 1e-3 * expected.abs().amax()
         # Not none at all: two tokens or blocks of the same score may come in another order.
         if off.float().mean() > 0.1:
             raise ModelError("its result differs from torch's")
     return content
 
 
-def _padded_size(network: TokenSeg, size: Size) -> Size:
+def _padded_size(parts: Parts, size: Size) -> Size:
     # Padding comes as torch's pad takes it, the last axis first.
-    padding = network.padding(size)
+    padding = parts.padding(size)
     return size[0] + padding[5], size[1] + padding[3], size[2] + padding[1]
 
 
@@ -344,4 +332,4 @@ def _unpack(content: bytes) -> Converted:
     start = _SHA256_BYTES + _LENGTH_BYTES
     stop = start + int.from_bytes(content[_SHA256_BYTES:start], "little")
     weights = openvino.Tensor(np.frombuffer(content, dtype=np.uint8, offset=stop).copy())
-    return openvino.Core().read_model(content[start:stop], weights)
+    return _core().read_model(content[start:stop], weights)

@@ -1,4 +1,4 @@
-"""One volume: scan -> plan grid -> network -> mask on the scan's own grid.
+"""One scan: scan -> plan grid -> networks -> mask on the scan's own grid.
 
 All of it goes row by row, so that what is held at once follows from a window and a plane, not from the scan. Cut into
 slabs, less is held and some windows run twice; the mask is the same, bit for bit.
@@ -6,6 +6,8 @@ slabs, less is held and some windows run twice; the mask is the same, bit for bi
 Whether a scan runs in one pass or in windows (`windows.py`) follows from the plan and the scan alone, never from free
 memory. With a model that was trained on coarse views, only those windows run that a coarse view calls for
 (`steering.py`), unless all are asked for.
+
+There is no other way from a scan to an answer: quality, probabilities and tokens are told of the same passes.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenseg.config import Plan
-from tokenseg.errors import ConfigError, ModelError
+from tokenseg.errors import ModelError
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.quality import QualityMeter
 from tokenseg.inference.steering import choose_route, logits_rows
+from tokenseg.inference.token_passes import ScanTokens, TokenListener
 from tokenseg.outputs import outputs_of
 from tokenseg.plan_grid.preprocess import GridRecord, Rows, open_scan
 from tokenseg.plan_grid.probabilities import ProbabilityFile
 from tokenseg.plan_grid.restore import empty_mask, restore_rows, slabs_of
 from tokenseg.saved_model.checkpoint import Model
+from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.shapes import MaskArray
 from tokenseg.stopwatch import Stopwatch
 
@@ -50,76 +53,90 @@ def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool
         ConfigError: The models do not share labels and channels.
         ModelError: A network gives NaN or infinity.
     """
-    return segment_in_slabs(
-        [model] if isinstance(model, Model) else list(model), volume, Stopwatch(), full=full, num_slabs=1
-    ).mask
+    return segment_scan(Ensemble.of(model), volume, Manner(full=full)).mask
+
+
+class Manner(NamedTuple):
+    """How a scan is segmented; but for `full`, it does not show in the mask."""
+
+    full: bool = False
+    """Run all windows of a large scan."""
+    num_slabs: int = 1
+    """How many slabs to go through one after the other."""
+    probabilities: Path | None = None
+    """Where they are to go, see `ProbabilityFile`."""
+    tokens: bool = False
+    """Keep what the tokenizers make of their candidates."""
 
 
 class Segmented(NamedTuple):
-    """A mask, and how many windows it took over all models."""
+    """A mask, and what was told on the way to it."""
 
     mask: MaskArray
     windows_run: int
+    """Passes at full spacing, over all models."""
     windows_full: int
+    """Passes that full sliding windows take."""
     record: GridRecord
     meter: QualityMeter
-    """What the network's answers say of their quality."""
+    """What the networks' answers say of their quality."""
     probabilities: ProbabilityFile | None
     """Where they wait for their mask, if they are wanted."""
+    tokens: ScanTokens | None
+    """If they are wanted."""
 
 
-def segment_in_slabs(
-    models: Sequence[Model],
-    volume: Volume,
-    watch: Stopwatch,
-    *,
-    full: bool,
-    num_slabs: int,
-    probabilities: Path | None = None,
+def segment_scan(
+    ensemble: Ensemble, volume: Volume, manner: Manner | None = None, watch: Stopwatch | None = None
 ) -> Segmented:
     """Segment one volume; see `segment_volume`.
 
     Args:
-        models: One or several of the same plan.
+        ensemble: The models.
         volume: The scan.
+        manner: How; as it is without options if not given.
         watch: Told of the time of each stage.
-        full: Run all windows of a large scan.
-        num_slabs: How many slabs to go through one after the other.
-        probabilities: Where they are to go, see `ProbabilityFile`; None without.
 
     Raises:
         FileError: Probabilities cannot be written.
     """
-    check_ensemble(models)
-    plan = models[0].facts.plan
+    plan, manner, watch = ensemble.plan, manner or Manner(), watch or Stopwatch()
     with watch.stage("resample"):
         scan = open_scan(volume, plan)
         rows = _timed(scan.rows, watch)
     with watch.stage("network"):
-        routes = [choose_route(model, rows, full=full) for model in models]
+        routes = [choose_route(model, rows, full=manner.full) for model in ensemble.models]
     mask = empty_mask(scan.record, plan)
-    # A temperature is that of one model; means of several are less sure already.
-    meter = QualityMeter(plan, scan.record, models[0].facts.quality if len(models) == 1 else None)
+    meter = QualityMeter(plan, scan.record, ensemble.quality)
+    listeners = [TokenListener() if manner.tokens else None for _ in routes]
     counted = 0
-    with _opened(probabilities, scan.record, plan, meter.temperature) as file:
-        for slab in slabs_of(scan.record, num_slabs):
-            answers = [logits_rows(model, route, slab.grid) for model, route in zip(models, routes, strict=True)]
-            passing = _metered(_averaged(answers, models[0], watch), meter, slab.grid, counted, watch)
+    with _opened(manner.probabilities, ensemble, scan.record, meter.temperature) as file:
+        for slab in slabs_of(scan.record, manner.num_slabs):
+            answers = [
+                logits_rows(model, route, slab.grid, listener)
+                for model, route, listener in zip(ensemble.models, routes, listeners, strict=True)
+            ]
+            passing = _metered(_averaged(answers, ensemble, watch), meter, slab.grid, counted, watch)
             counted = slab.grid.stop
             with watch.stage("resample back"):
                 restore_rows(passing, slab, scan.record, plan, mask, file)
                 for _ in passing:  # that no voxel of the mask needs; the meter does
                     pass
     windows = sum(route.windows_run for route in routes), sum(route.windows_full for route in routes)
-    return Segmented(mask, *windows, scan.record, meter, file)
+    heard = tuple(listener.heard(scan.record) for listener in listeners if listener is not None)
+    return Segmented(
+        mask, *windows, scan.record, meter, file, ScanTokens(scan.record, heard) if manner.tokens else None
+    )
 
 
 @contextmanager
-def _opened(path: Path | None, record: GridRecord, plan: Plan, temperature: float) -> Iterator[ProbabilityFile | None]:
+def _opened(
+    path: Path | None, ensemble: Ensemble, record: GridRecord, temperature: float
+) -> Iterator[ProbabilityFile | None]:
     if path is None:
         yield None
         return
-    file = ProbabilityFile(path, record, plan.num_outputs, outputs_of(plan), temperature)
+    file = ProbabilityFile(path, record, ensemble.plan.num_outputs, outputs_of(ensemble.plan), temperature)
     try:
         file.begin()
         yield file
@@ -150,42 +167,21 @@ def _timed(rows: Rows, watch: Stopwatch) -> Rows:
 
 
 def _averaged(
-    answers: Sequence[Iterator[Float[Tensor, "L b c"]]], model: Model, watch: Stopwatch
+    answers: Sequence[Iterator[Float[Tensor, "L b c"]]], ensemble: Ensemble, watch: Stopwatch
 ) -> Iterator[Float[Tensor, "L b c"]]:
     """Rows of the mean of several models, the time counted to the network."""
-    outputs = outputs_of(model.facts.plan)
+    outputs = outputs_of(ensemble.plan)
     while True:
         with watch.stage("network"):
             rows = [next(answer, None) for answer in answers]
             if any(row is None for row in rows):
                 return
             row = outputs.mean_logits([row for row in rows if row is not None])
-            check_finite(row, model)
+            _check_finite(row, ensemble)
         yield row
 
 
-def check_finite(logits: Float[Tensor, "*shape"], model: Model) -> None:
-    """Refuse NaN: it would come out as background, an empty mask that looks like a finding.
-
-    Raises:
-        ModelError: With the name of the model.
-    """
+def _check_finite(logits: Float[Tensor, "L b c"], ensemble: Ensemble) -> None:
+    """Refuse NaN: it would come out as background, an empty mask that looks like a finding."""
     if not math.isfinite(float(logits.sum())):  # a sum shows each of them, and takes no memory
-        raise ModelError(f"model {model.facts.name!r} gives NaN or infinity here; train it again")
-
-
-def check_ensemble(models: Sequence[Model]) -> None:
-    """Refuse an empty ensemble, or one whose models differ in what they take or give.
-
-    Raises:
-        ConfigError: With the names of the models that disagree.
-    """
-    if not models:
-        raise ConfigError("no model given; name at least one run or model folder")
-    first = models[0].facts
-    for model in models[1:]:
-        if model.facts.plan.model_dump(exclude={"reasons"}) != first.plan.model_dump(exclude={"reasons"}):
-            raise ConfigError(
-                f"models {first.name!r} and {model.facts.name!r} were trained with different plans; "
-                "average only folds of one plan (train the folds with the same --config)"
-            )
+        raise ModelError(f"model {ensemble.facts.name!r} gives NaN or infinity here; train it again")

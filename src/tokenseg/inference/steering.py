@@ -26,6 +26,7 @@ from tokenseg.errors import ConfigError
 from tokenseg.imaging.orientation import from_rows, in_row_order, to_rows
 from tokenseg.inference.windows import (
     Corner,
+    Listen,
     PaddedRows,
     WindowSum,
     forward_of,
@@ -116,22 +117,25 @@ def choose_route(model: Model, image: Rows, *, full: bool = False) -> Route:
     return Route(padded, steered, coarse, len(steered), count)
 
 
-def logits_rows(model: Model, route: Route, stretch: slice) -> Iterator[Float[Tensor, "L b c"]]:
+def logits_rows(
+    model: Model, route: Route, stretch: slice, listen: Listen | None = None
+) -> Iterator[Float[Tensor, "L b c"]]:
     """Logits of a scan, row by row.
 
     Args:
         model: The same as for the route.
         route: From `choose_route`.
         stretch: Voxels of the second axis that are asked for.
+        listen: Told of the tokens of each pass at full spacing.
     """
     plan, forward = model.facts.plan, forward_of(model)
     if route.coarse is None or route.corners is None or plan.coarse_factor is None:
-        yield from full_rows(forward, route.image, plan, route.corners, stretch)
+        yield from full_rows(forward, route.image, plan, route.corners, stretch, listen)
         return
     image, wanted = route.image, route.image.stretch(stretch)
     spread = _Spread(route.coarse, plan.coarse_factor, image.rows, wanted)
     ramps, depth = ramps_of(route.corners, image.rows, plan.window_vox), image.rows.size[2]
-    sums = window_rows(forward, image.rows, plan.window_vox, route.corners, wanted)
+    sums = window_rows(forward, image.rows, plan.window_vox, route.corners, wanted, listen)
     for number, total in enumerate(sums):
         if image.holds(number):
             coarse = spread.row(number)

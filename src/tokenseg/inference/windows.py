@@ -3,14 +3,16 @@
 What computes a pass is a function of the caller: torch (`torch_forward`), or an engine. Which windows run is a list of
 corners, so that a caller may run some of them only.
 
-Windows run in the order of their first rows (`data.preprocess.Rows`), and a row of the answer is given out as soon as
-no later window reaches it. So what is held follows from one window and the plane across, not from the length of the
+Windows run in the order of their first rows (`plan_grid.preprocess.Rows`), and a row of the answer is given out as soon
+as no later window reaches it. So what is held follows from one window and the plane across, not from the length of the
 scan. Where only a stretch of the second axis is asked for, the windows that meet it run, and give the same values.
+
+Who listens is told of the tokens of each pass as it runs; nobody runs a network for them alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple, TypeAlias
 
@@ -20,13 +22,16 @@ from torch import Tensor, nn
 
 from tokenseg.config import Plan, Vox3
 from tokenseg.device import autocast
-from tokenseg.imaging.orientation import from_rows, in_row_order, to_rows
+from tokenseg.imaging.orientation import from_row_order, from_rows, in_row_order, to_rows
 from tokenseg.inference.cuda_graph import repeated
+from tokenseg.model.passes import Forward, Pass, TokenChoice, pass_of
 from tokenseg.plan_grid.preprocess import Rows, rows_of
 from tokenseg.saved_model.checkpoint import Model
-from tokenseg.shapes import Forward, ImageArray, Images, Logits
+from tokenseg.shapes import ImageArray, Images
 
 Corner: TypeAlias = tuple[int, int, int]
+Listen: TypeAlias = Callable[[Corner, TokenChoice], None]
+"""Told of the tokens of each pass at full spacing as it runs, and of its first voxel in the padded image."""
 
 
 class PaddedRows(NamedTuple):
@@ -68,17 +73,18 @@ def torch_forward(network: nn.Module, device: torch.device) -> Forward:
 
 
 def _network_pass(network: nn.Module, device: torch.device) -> Forward:
-    def compute(images: Images) -> Logits:
+    def compute(images: Images) -> Pass:
         with torch.inference_mode(), autocast(device):
-            logits: Tensor = network(images).logits
-        return logits.float()
+            found = pass_of(network(images))
+        return found._replace(logits=found.logits.float())
 
     return compute
 
 
 def _from_cpu_to_cpu(compute: Forward, device: torch.device) -> Forward:
-    def forward(images: Images) -> Logits:
-        return compute(images.to(device)).cpu()
+    def forward(images: Images) -> Pass:
+        found = compute(images.to(device))
+        return found._replace(logits=found.logits.cpu())
 
     return forward
 
@@ -98,7 +104,12 @@ def predict_logits(forward: Forward, image: ImageArray, plan: Plan) -> Float[Ten
 
 
 def full_rows(
-    forward: Forward, image: PaddedRows, plan: Plan, corners: Sequence[Corner] | None, stretch: slice
+    forward: Forward,
+    image: PaddedRows,
+    plan: Plan,
+    corners: Sequence[Corner] | None,
+    stretch: slice,
+    listen: Listen | None = None,
 ) -> Iterator[Float[Tensor, "L b c"]]:
     """Logits of an image at full spacing, row by row.
 
@@ -108,12 +119,13 @@ def full_rows(
         plan: Gives the window.
         corners: From `window_corners`; None for one pass over all.
         stretch: Voxels of the second axis, before padding, that are asked for.
+        listen: Told of the tokens of each pass.
     """
     wanted = image.stretch(stretch)
     if corners is None:
-        rows = (row[:, wanted] for row in _one_pass(forward, image.rows))
+        rows = (row[:, wanted] for row in _one_pass(forward, image.rows, listen))
     else:
-        sums = window_rows(forward, image.rows, plan.window_vox, corners, wanted)
+        sums = window_rows(forward, image.rows, plan.window_vox, corners, wanted, listen)
         rows = (total.weighted.div_(total.weight) for total in sums if total is not None)
     for number, row in enumerate(rows):
         if image.holds(number):
@@ -178,7 +190,12 @@ class WindowSum(NamedTuple):
 
 
 def window_rows(
-    forward: Forward, image: Rows, window: Vox3, corners: Sequence[Corner], stretch: slice
+    forward: Forward,
+    image: Rows,
+    window: Vox3,
+    corners: Sequence[Corner],
+    stretch: slice,
+    listen: Listen | None = None,
 ) -> Iterator[WindowSum | None]:
     """Run the windows at `corners` that meet a stretch of the second axis, and add up their logits row by row.
 
@@ -188,6 +205,7 @@ def window_rows(
         window: Size of every window, voxels.
         corners: First voxels of the windows along X, Y, Z.
         stretch: Voxels of the second axis that are asked for.
+        listen: Told of the tokens of each pass.
 
     Returns:
         Every row of the image, in order: zeros where no window lies, None for a row that none reaches.
@@ -207,7 +225,7 @@ def window_rows(
             yield sums.take(given)
             given += 1
         seen = held.read(row)[:, :, b - held.across.start : b - held.across.start + width, c : c + depth]
-        logits = forward(from_rows(seen, image.order)[None].contiguous())[0]
+        logits = _heard(forward, from_rows(seen, image.order), from_row_order((row, b, c), image.order), listen)
         sums.add(to_rows(logits, image.order), weight, (row, b, c))
     for number in range(given, num_rows):
         yield sums.take(number)
@@ -218,9 +236,18 @@ def in_order(corners: Sequence[Corner], order: Vox3) -> list[Corner]:
     return sorted(corners, key=lambda corner: in_row_order(corner, order))
 
 
-def _one_pass(forward: Forward, image: Rows) -> Iterator[Float[Tensor, "L b c"]]:
+def _one_pass(forward: Forward, image: Rows, listen: Listen | None) -> Iterator[Float[Tensor, "L b c"]]:
     whole = from_rows(image.read(0, image.size[0]), image.order)
-    yield from to_rows(forward(whole[None].contiguous())[0], image.order).unbind(dim=1)
+    yield from to_rows(_heard(forward, whole, (0, 0, 0), listen), image.order).unbind(dim=1)
+
+
+def _heard(
+    forward: Forward, image: Float[Tensor, "C X Y Z"], corner: Corner, listen: Listen | None
+) -> Float[Tensor, "L X Y Z"]:
+    logits, tokens = forward(image[None].contiguous())
+    if listen is not None and tokens is not None:
+        listen(corner, tokens)
+    return logits[0]
 
 
 class _HeldRows:

@@ -1,9 +1,6 @@
 """Convolution blocks, and the lossless moves between space and channels.
 
 Feature maps are stored channels-last: on a CPU that makes a 3x3x3 convolution 1.5 (fp32) to 5 (bf16) times faster.
-
-While the network is traced for another engine, three of these take an equal form that this engine keeps channels-last:
-there a permutation costs as much as a convolution.
 """
 
 from __future__ import annotations
@@ -15,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenseg.model import traced
+from tokenseg.model.traced import is_recorded, traced_as
 from tokenseg.processes import num_processes, own_rows
 from tokenseg.shapes import Features
 
@@ -38,8 +37,8 @@ class Convolution(nn.Conv3d):
     def forward(self, features: Features) -> Resized:
         """Map (B, W, X, Y, Z) to (B, channels_out, ceil(X / sx), ceil(Y / sy), ceil(Z / sz))."""
         is_plain = features.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        recorded = is_traced() or torch.compiler.is_compiling()
-        if features.device.type != "cpu" or not is_plain or recorded or torch.is_grad_enabled() or not _has_onednn():
+        is_own_case = features.device.type == "cpu" and is_plain and not is_recorded() and not torch.is_grad_enabled()
+        if not is_own_case or not _has_onednn():
             return super().forward(features)
         return torch.mkldnn_convolution(features, self.weight, None, (1, 1, 1), self.stride, (1, 1, 1), 1)
 
@@ -110,9 +109,12 @@ class InstanceNorm(nn.Module):
                 features, self.weight, self.bias
             )
             return normalised
-        if is_traced():
-            return nn.functional.instance_norm(features, weight=self.weight, bias=self.bias)
-        return nn.functional.group_norm(features, self.weight.numel(), self.weight, self.bias)
+        return _normalised(features, self.weight, self.bias)
+
+
+@traced_as(traced.instance_norm)
+def _normalised(features: Features, weight: Tensor, bias: Tensor) -> Features:
+    return nn.functional.group_norm(features, weight.numel(), weight, bias)
 
 
 class _InstanceNormOnCpu(torch.autograd.Function):
@@ -143,26 +145,19 @@ class _InstanceNormOnCpu(torch.autograd.Function):
         return change.reshape(features.movedim(1, -1).shape).movedim(-1, 1), aligned.sum(0), total.sum(0)
 
 
-def is_traced() -> bool:
-    """Whether this pass is being recorded for another engine, where other operations for the same values are faster."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-
-
 def pointwise(features: Features, layer: nn.Module) -> Float[Tensor, "B Xl Yl Zl V"]:
     """Apply a linear layer to the channels of every voxel; the result has its channels last."""
     result: Tensor = layer(features.permute(0, 2, 3, 4, 1))
     return result
 
 
+@traced_as(traced.upsampled)
 def upsampled(features: Features, layer: nn.Module, stride: Stride) -> Resized:
     """Upsample by sub-pixels: (B, W, X, Y, Z) to (B, V, X sx, Y sy, Z sz); `layer` has sx sy sz V outputs, no bias."""
-    if is_traced():
-        weight: Tensor = layer.get_parameter("weight")
-        kernel = weight.reshape(*stride, -1, weight.shape[1]).permute(4, 3, 0, 1, 2)
-        return nn.functional.conv_transpose3d(features, kernel, stride=stride)
     return depth_to_space(pointwise(features, layer), stride)
 
 
+@traced_as(traced.space_to_depth)
 def space_to_depth(images: Features, stride: Stride) -> Resized:
     """Move blocks of `stride` voxels into channels: (B, C, X, Y, Z) to (B, C sx sy sz, X / sx, Y / sy, Z / sz).
 
@@ -170,9 +165,6 @@ def space_to_depth(images: Features, stride: Stride) -> Resized:
     """
     batch, channels, *size = images.shape
     sx, sy, sz = stride
-    if is_traced():
-        depth = int(channels) * sx * sy * sz
-        return nn.functional.conv3d(images, torch.eye(depth).reshape(depth, -1, sx, sy, sz), stride=stride)
     x, y, z = (length // factor for length, factor in zip(size, stride, strict=True))
     blocks = images.reshape(batch, channels, x, sx, y, sy, z, sz).permute(0, 2, 4, 6, 1, 3, 5, 7)
     return blocks.reshape(batch, x, y, z, channels * sx * sy * sz).permute(0, 4, 1, 2, 3)

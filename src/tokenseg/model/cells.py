@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenseg.model.blocks import is_traced
+from tokenseg.model import traced
+from tokenseg.model.traced import is_recorded, traced_as
 from tokenseg.shapes import Features
 
 Size: TypeAlias = tuple[int, int, int]
@@ -71,7 +72,7 @@ def _along(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 def _is_recorded() -> bool:
     """Whether sizes may be symbols, or operations are written down instead of done: then nothing may be kept."""
-    return is_traced() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return is_recorded() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _boxes_vox(sizes: tuple[Size, ...], strides: tuple[Size, ...], grid: Size, image_size: Size) -> Tensor:
@@ -95,17 +96,14 @@ def _kept_boxes_vox(sizes: tuple[Size, ...], strides: tuple[Size, ...], grid: Si
 
 def _matrix(build: _Build, size: int, count: int, like: Tensor) -> Tensor:
     if _is_recorded() or type(like) is not Tensor:
-        matrix = build(size, count, like.device).to(like.dtype)
-        return matrix * _one(like) if is_traced() else matrix
+        return _matrix_for(build(size, count, like.device).to(like.dtype), like)
     return _kept_matrix(build, size, count, like.device, like.dtype)
 
 
-def _one(like: Tensor) -> Tensor:
-    """One, by way of what is only known at run time: OpenVINO multiplies by a constant in full precision always.
-
-    Converting the finest map for that takes longer than the product.
-    """
-    return like[:1, :1, :1, :1, :1].reshape(1).isinf().to(like.dtype) * 0 + 1
+@traced_as(traced.matrix_for)
+def _matrix_for(matrix: Tensor, like: Tensor) -> Tensor:
+    del like
+    return matrix
 
 
 # For good: a recorded pass (`inference/cuda_graph.py`) reads them. The lengths that images have at four levels bound

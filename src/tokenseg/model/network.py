@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenseg.config import NetworkConfig, Plan
-from tokenseg.model.blocks import Pyramid, depth_to_space, full_precision, is_traced, space_to_depth
+from tokenseg.model import traced
+from tokenseg.model.blocks import Pyramid, depth_to_space, full_precision, space_to_depth
 from tokenseg.model.cells import cell_boxes_vox
 from tokenseg.model.decoder import CoarseLogits, Reprojection, SparseToDenseDecoder
 from tokenseg.model.encoder import CandidateTokens, HierarchicalEncoder
@@ -23,6 +24,7 @@ from tokenseg.model.mixer import TokenMixer
 from tokenseg.model.quantizer import Quantized, VectorQuantizer, build_quantizer
 from tokenseg.model.refiner import BlockLogits, SparseRefiner
 from tokenseg.model.selection import gather_tokens, scatter_tokens, select_tokens
+from tokenseg.model.traced import traced_as
 from tokenseg.outputs import outputs_of
 from tokenseg.shapes import Codes, Features, Images, Logits, TokenFlags, Tokens
 
@@ -75,7 +77,7 @@ class TokenSeg(nn.Module):
     def __init__(self, config: NetworkConfig, plan: Plan) -> None:
         super().__init__()
         self.num_kept, self.grid = config.num_kept, plan.grid
-        self.stem_stride, self.total_strides = plan.strides[0], plan.total_strides
+        self.plan, self.stem_stride, self.total_strides = plan, plan.strides[0], plan.total_strides
         self.encoder = HierarchicalEncoder(
             len(plan.channels), config.widths, config.blocks, plan.strides, skipped=config.stochastic_depth
         )
@@ -111,10 +113,7 @@ class TokenSeg(nn.Module):
     def blocks(self, images: Images, num_kept: int | None = None) -> BlockOutput:
         """All of `forward` but the order of its logits: blocks of voxels, those of the padding included."""
         x, y, z = images.shape[2:]
-        padding = self.padding((x, y, z))
-        # A recorded pass would pad by sizes found at run time even where that is nothing, which is dear.
-        padded = images if is_traced() and not any(padding) else nn.functional.pad(images, padding)
-        intensities = space_to_depth(padded, self.stem_stride)
+        intensities = space_to_depth(_padded(images, self.padding((x, y, z))), self.stem_stride)
         pyramid: Pyramid = self.encoder(intensities)
         tokens = None
         if self.tokenizer is not None:
@@ -132,22 +131,34 @@ class TokenSeg(nn.Module):
         return depth_to_space(logits, self.stem_stride)
 
     def padding(self, size: tuple[int, int, int]) -> list[int]:
-        """Zeros appended to each axis: a multiple of the first stride, and two voxels left at the last level.
-
-        Two, because instance norm needs more than one voxel, and bf16 convolutions on a CPU are wrong where a strided
-        one leaves a single voxel along the last axis (pytorch issue 169688).
-        """
-        padding = []
-        for axis in (2, 1, 0):
-            first = self.stem_stride[axis]
-            total = self.total_strides[-1][axis]
-            least = max(size[axis], total + first)
-            padding += [0, (least + first - 1) // first * first - size[axis]]
-        return padding
+        """Zeros appended to each axis, see `padding_of`."""
+        return padding_of(self.plan, size)
 
     def _boxes(self, pyramid: Pyramid, size: tuple[int, int, int]) -> Int[Tensor, "N 2 3"]:
         sizes = [(f.shape[2], f.shape[3], f.shape[4]) for f in pyramid]
         return cell_boxes_vox(sizes, list(self.total_strides), self.grid, size)
+
+
+def padding_of(plan: Plan, size: tuple[int, int, int]) -> list[int]:
+    """Zeros appended to each axis: a multiple of the first stride, and two voxels left at the last level.
+
+    Two, because instance norm needs more than one voxel, and bf16 convolutions on a CPU are wrong where a strided one
+    leaves a single voxel along the last axis (pytorch issue 169688).
+
+    Returns:
+        Voxels before and after, the last axis first, as torch's `pad` takes them.
+    """
+    padding = []
+    for axis in (2, 1, 0):
+        first, total = plan.strides[0][axis], plan.total_strides[-1][axis]
+        least = max(size[axis], total + first)
+        padding += [0, (least + first - 1) // first * first - size[axis]]
+    return padding
+
+
+@traced_as(traced.padded)
+def _padded(images: Images, padding: list[int]) -> Float[Tensor, "B C _ _ _"]:
+    return nn.functional.pad(images, padding)
 
 
 class Tokenizer(nn.Module):

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenseg.model.blocks import is_traced
+from tokenseg.model import traced
+from tokenseg.model.traced import traced_as
 from tokenseg.processes import gather_rows
 from tokenseg.shapes import Codes, Tokens
 
@@ -100,12 +101,7 @@ class VectorQuantizer(nn.Module):
     def _nearest(self, tokens: Tokens) -> Codes:
         # |t - c|^2 without |t|^2, which does not change the order.
         distance = self.codebook.square().sum(dim=1) - 2 * torch.matmul(tokens, self.codebook.t())
-        if is_traced():
-            nearest = distance <= distance.amin(dim=-1, keepdim=True)
-            # As argmin, several times as fast there. NaN is nearest to nothing, and gets the last code.
-            last = distance.shape[-1] - 1
-            return torch.where(nearest, torch.arange(last + 1), last).amin(dim=-1)
-        return distance.argmin(dim=-1)
+        return _nearest(distance)
 
     @torch.no_grad()
     def _start_from(self, tokens: Tokens) -> None:
@@ -191,3 +187,8 @@ def build_quantizer(kind: str, num_codes: int, width: int) -> VectorQuantizer | 
     if kind == "vq":
         return VectorQuantizer(num_codes, width)
     return FiniteScalarQuantizer(width) if kind == "fsq" else None
+
+
+@traced_as(traced.nearest)
+def _nearest(distance: Float[Tensor, "B N E"]) -> Codes:
+    return distance.argmin(dim=-1)

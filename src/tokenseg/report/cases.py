@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from tokenseg.config import Label, Plan
-from tokenseg.datasets.cases import Case, Dataset
+from tokenseg.datasets.cases import Dataset
 from tokenseg.datasets.inputs import read_input, read_written_mask
 from tokenseg.datasets.layouts import load_image
 from tokenseg.errors import TokenSegError
@@ -21,9 +21,10 @@ from tokenseg.imaging.orientation import to_canonical
 from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.plan_grid.intensities import channel_image
 from tokenseg.report.viewer import CaseView, TokenBoxes
-from tokenseg.segmentation.outputs import CaseResult
+from tokenseg.segmentation.results import CaseResult, segmented_worst_first
 from tokenseg.shapes import Affine
 from tokenseg.tokens.case import CaseTokens
+from tokenseg.tokens.report import TokenReport
 
 MAX_CHANNELS_SHOWN = 2
 MAX_SEGMENTED_SHOWN = 12
@@ -61,7 +62,7 @@ def select_cases(evaluation: Evaluation) -> list[Selected]:
 
 
 def evaluation_views(
-    evaluation: Evaluation, dataset: Dataset | None, tokens: Mapping[str, TokenBoxes] | None = None
+    evaluation: Evaluation, dataset: Dataset | None, tokens: Mapping[str, tuple[TokenBoxes, ...]] | None = None
 ) -> list[CaseView]:
     """Read the cases that `select_cases` chooses.
 
@@ -78,7 +79,7 @@ def evaluation_views(
     for selected in select_cases(evaluation):
         rows = [row for row in evaluation.rows if row.case_id == selected.case_id]
         case = cases.get(selected.case_id)
-        boxes = (tokens or {}).get(selected.case_id)
+        boxes = (tokens or {}).get(selected.case_id, ())
         if dataset is None or case is None:
             views.append(_scored_view(selected, rows, None, (), boxes))
         else:
@@ -87,49 +88,40 @@ def evaluation_views(
 
 
 def segmentation_views(
-    results: Sequence[CaseResult], cases: Sequence[Case], plan: Plan, tokens: Mapping[str, TokenBoxes] | None = None
+    results: Sequence[CaseResult], plan: Plan, tokens: Mapping[str, tuple[TokenBoxes, ...]] | None = None
 ) -> list[CaseView]:
     """Read up to twelve segmented cases, the least sure first.
 
     Args:
         results: What became of the cases; failed ones are left out.
-        cases: The same cases as they were listed, for their images.
         plan: The settings of the model.
         tokens: By case id, for those cases whose tokens are known.
 
     Raises:
         TokenSegError: A mask cannot be read any more. An image that cannot be shown is left out, with a note.
     """
-    by_id = {case.case_id: case for case in cases}
     return [
-        _segmented_view(result, by_id[result.case_id], plan, (tokens or {}).get(result.case_id))
+        _segmented_view(result, plan, (tokens or {}).get(result.case_id, ()))
         for result in segmented_worst_first(results)[:MAX_SEGMENTED_SHOWN]
     ]
 
 
-def segmented_worst_first(results: Sequence[CaseResult]) -> list[CaseResult]:
-    """`worst_results_first` of those with a mask."""
-    return [result for result in worst_results_first(results) if result.mask is not None]
+def token_boxes(reports: Sequence[TokenReport]) -> dict[str, tuple[TokenBoxes, ...]]:
+    """Tokens for drawing, by case, one set a model."""
+    case_ids = dict.fromkeys(report.case_id for report in reports)
+    return {
+        case_id: tuple(_boxes(each.model_name, each.tokens) for each in reports if each.case_id == case_id)
+        for case_id in case_ids
+    }
 
 
-def worst_results_first(results: Sequence[CaseResult]) -> list[CaseResult]:
-    """Failed cases, then those that are unusual in something, then the rest; the least sure first among each."""
-
-    def rank(result: CaseResult) -> tuple[int, float, str]:
-        if result.quality is None:
-            return 0, 0.0, result.case_id
-        return 1 if result.quality.flags else 2, -(result.quality.entropy or 0.0), result.case_id
-
-    return sorted(results, key=rank)
-
-
-def token_boxes(tokens: CaseTokens) -> TokenBoxes:
-    """Cells of all passes in one list, for drawing; those without a voxel of the scan are left out."""
+def _boxes(model_name: str, tokens: CaseTokens) -> TokenBoxes:
+    """Cells of all passes in one list; those without a voxel of the scan are left out."""
     boxes = tokens.cells_vox.reshape(-1, 2, 3)
     passes = len(tokens.kept)
     real = tokens.in_scan.ravel() & (boxes[:, 1] > boxes[:, 0]).all(axis=1)
     level, score, kept = np.tile(tokens.level, passes), tokens.score.ravel(), tokens.kept.ravel()
-    return TokenBoxes(boxes[real], level[real], score[real], kept[real])
+    return TokenBoxes(model_name, boxes[real], level[real], score[real], kept[real])
 
 
 class _Scan(NamedTuple):
@@ -154,7 +146,7 @@ def _scored_view(
     rows: Sequence[CaseLabelRow],
     read: Callable[[], Volume] | None,
     channels: Sequence[str],
-    tokens: TokenBoxes | None,
+    tokens: tuple[TokenBoxes, ...],
 ) -> CaseView:
     labels = tuple(row.label for row in rows)
     reference = read_mask(rows[0].reference)
@@ -178,11 +170,11 @@ def _scored_view(
     )
 
 
-def _segmented_view(result: CaseResult, case: Case, plan: Plan, tokens: TokenBoxes | None) -> CaseView:
+def _segmented_view(result: CaseResult, plan: Plan, tokens: tuple[TokenBoxes, ...]) -> CaseView:
     if result.mask is None:
         raise ValueError(f"{result.case_id} has no mask to show")
-    mask = read_written_mask(case, result.mask, plan)
-    scan = _read(partial(read_input, case, plan), mask, result.case_id)
+    mask = read_written_mask(result.case, result.mask, plan)
+    scan = _read(partial(read_input, result.case, plan), mask, result.case_id)
     largest = max(result.volumes_ml, key=lambda name: result.volumes_ml[name])
     return CaseView(
         case_id=result.case_id,

@@ -9,18 +9,13 @@ from pathlib import Path
 from statistics import median
 
 from tokenseg.config import Plan
-from tokenseg.datasets.cases import Case, Dataset
-from tokenseg.datasets.inputs import read_input
-from tokenseg.datasets.layouts import load_image
+from tokenseg.datasets.cases import Dataset
 from tokenseg.evaluation.evaluate import Evaluation
-from tokenseg.imaging.volume import read_mask
 from tokenseg.report.cases import (
     evaluation_views,
     segmentation_views,
-    segmented_worst_first,
     select_cases,
     token_boxes,
-    worst_results_first,
 )
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html, element, join
@@ -35,13 +30,14 @@ from tokenseg.report.scores import (
 )
 from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
-from tokenseg.saved_model.checkpoint import Model
-from tokenseg.segmentation.outputs import CaseResult
+from tokenseg.segmentation.job import SegmentJob
 from tokenseg.segmentation.privacy import shown_name
-from tokenseg.tokens.report import TokenReport, report_tokens
+from tokenseg.segmentation.results import CaseResult, segmented_worst_first, worst_results_first
+from tokenseg.tokens.find import tokens_of_result
+from tokenseg.tokens.report import TokenReport
 
 MAX_TOKENS_SHOWN = 3
-"""Segmented cases that are run once more for their tokens."""
+"""Segmented cases whose tokens a report shows."""
 
 
 def train_report(
@@ -102,7 +98,6 @@ def evaluation_report(
 def segmentation_report(
     path: Path,
     results: Sequence[CaseResult],
-    cases: Sequence[Case],
     plan: Plan,
     made: str,
     *,
@@ -114,7 +109,6 @@ def segmentation_report(
     Args:
         path: The HTML file.
         results: From `segment_files`.
-        cases: The same cases, from `list_inputs`.
         plan: The settings of the model.
         made: Date for the footer.
         tokens: Of some of the cases; empty leaves them out.
@@ -124,8 +118,8 @@ def segmentation_report(
         TokenSegError: A mask cannot be read, or the file cannot be written.
     """
     shown = {result.case_id: shown_name(result.case_id, show_names=show_names) for result in results}
-    boxes = {each.case_id: token_boxes(each.tokens) for each in tokens}
-    views = [replace(view, case_id=shown[view.case_id]) for view in segmentation_views(results, cases, plan, boxes)]
+    views = segmentation_views(results, plan, token_boxes(tokens))
+    views = [replace(view, case_id=shown[view.case_id]) for view in views]
     names = [label.name for label in plan.labels]
     table = _volume_table(worst_results_first(results), names, shown)
     sections = [viewer_section(views), Section("volumes", "Volumes", table)]
@@ -134,44 +128,35 @@ def segmentation_report(
     write_page(path, "Segmentation", _segmentation_lead(results, names), sections, made)
 
 
-def tokens_of_selected(model: Model, evaluation: Evaluation, dataset: Dataset) -> list[TokenReport]:
-    """Run a model once more on the cases that the report will show, for their tokens; near the reference boundary.
+def tokens_of_selected(job: SegmentJob, results: Sequence[CaseResult], evaluation: Evaluation) -> list[TokenReport]:
+    """Tokens of the cases that the report of an evaluation will show; near the reference boundary.
 
     Args:
-        model: One with a token path; without one there is nothing to tell, and the list is empty.
+        job: By which they were segmented.
+        results: What became of the cases.
         evaluation: Says which cases, and where their references are.
-        dataset: Where their images are; cases that it does not have are left out.
 
     Raises:
         TokenSegError: An image or reference cannot be read or used.
     """
-    if not model.facts.network.tokens:
-        return []
-    cases = {case.case_id: case for case in dataset.cases}
+    by_id = {result.case_id: result for result in results}
     references = {row.case_id: row.reference for row in evaluation.rows}
-    return [
-        report_tokens(model, load_image(dataset, cases[case_id]), case_id, read_mask(references[case_id]))
-        for case_id, _ in select_cases(evaluation)
-        if case_id in cases
-    ]
+    chosen = [case_id for case_id, _ in select_cases(evaluation) if case_id in by_id]
+    return [report for case_id in chosen for report in tokens_of_result(job, by_id[case_id], references[case_id])]
 
 
-def tokens_of_worst(model: Model, results: Sequence[CaseResult], cases: Sequence[Case]) -> list[TokenReport]:
-    """Run a model once more on the three segmented cases with the largest findings, for their tokens.
+def tokens_of_worst(job: SegmentJob, results: Sequence[CaseResult]) -> list[TokenReport]:
+    """Tokens of the segmented cases that come first in the report: unusual ones, then the least sure.
 
     Args:
-        model: One with a token path; without one there is nothing to tell, and the list is empty.
+        job: By which they were segmented; says of how many.
         results: From `segment_files`.
-        cases: The same cases, from `list_inputs`.
 
     Raises:
         TokenSegError: An image cannot be read any more.
     """
-    if not model.facts.network.tokens:
-        return []
-    by_id = {case.case_id: case for case in cases}
-    shown = [by_id[result.case_id] for result in segmented_worst_first(results)[:MAX_TOKENS_SHOWN]]
-    return [report_tokens(model, read_input(case, model.facts.plan), case.case_id) for case in shown]
+    shown = segmented_worst_first(results)[: job.tokens_of]
+    return [report for result in shown for report in tokens_of_result(job, result)]
 
 
 def fact_list(facts: Mapping[str, str]) -> Html:
@@ -189,8 +174,8 @@ def _write(
     more: Sequence[Section],
     made: str,
 ) -> None:
-    boxes = {each.case_id: token_boxes(each.tokens) for each in tokens}
-    sections = [viewer_section(evaluation_views(evaluation, dataset, boxes)), evaluation_section(evaluation)]
+    views = evaluation_views(evaluation, dataset, token_boxes(tokens))
+    sections = [viewer_section(views), evaluation_section(evaluation)]
     if tokens:
         sections.append(tokens_section(tokens))
     # The layout's reason also says where exams are synthetic.

@@ -19,22 +19,25 @@ _EXPLAINED = (
 
 
 def tokens_section(reports: Sequence[TokenReport], anchor: str = "tokens", title: str = "Tokens kept") -> Section:
-    """A row a case: how near the kept tokens lie to the boundary, their levels, and the codebook.
+    """A row a case and model: how near the kept tokens lie to the boundary, their levels, and the codebook.
 
     Args:
-        reports: One a case.
+        reports: One a case and model.
         anchor: `id` of the section.
         title: Its heading.
     """
     near = (f"Within {radius:g} mm" if radius else "On the boundary" for radius in RADII_MM)
-    titles = ("Case", "Boundary of", "Kept", *near, *(f"Level {name}" for name in LEVEL_NAMES), "Codes used")
-    cells = (element("th", name, scope="col", class_="number" if at > 1 else None) for at, name in enumerate(titles))
-    rows = (_row(report.case_id, report.summary) for report in reports)
+    several = len({report.model_name for report in reports}) > 1
+    names = ("Case", "Model", "Boundary of") if several else ("Case", "Boundary of")
+    numbers = ("Kept", *near, *(f"Level {name}" for name in LEVEL_NAMES), "Codes used")
+    cells = [element("th", name, scope="col") for name in names]
+    cells += [element("th", name, scope="col", class_="number") for name in numbers]
+    rows = (_row(report.case_id, report.model_name if several else "", report.summary) for report in reports)
     table = element("table", element("thead", element("tr", *cells)), element("tbody", *rows))
     return Section(anchor, title, join((scrollable(table, title), element("p", _EXPLAINED, class_="help"))))
 
 
-def _row(case_id: str, summary: TokenSummary) -> Html:
+def _row(case_id: str, model_name: str, summary: TokenSummary) -> Html:
     near = map(_share, summary.near) if summary.near else ["n/a"] * len(RADII_MM)
     codes = "none" if summary.codebook is None else f"{summary.codebook.used} of {summary.codebook.entries}"
     numbers = (
@@ -44,7 +47,8 @@ def _row(case_id: str, summary: TokenSummary) -> Html:
         codes,
     )
     cells = (element("td", number, class_="number") for number in numbers)
-    return element("tr", element("th", case_id, scope="row"), element("td", summary.boundary_of), *cells)
+    model = element("td", model_name) if model_name else ""
+    return element("tr", element("th", case_id, scope="row"), model, element("td", summary.boundary_of), *cells)
 
 
 def _share(near: NearBoundary) -> str:

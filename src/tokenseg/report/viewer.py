@@ -32,8 +32,9 @@ _LEVELS = ("1/2", "1/4", "1/8", "1/16")
 
 @dataclass(frozen=True, eq=False)
 class TokenBoxes:
-    """The candidate tokens of a case, and which of them the network kept."""
+    """The candidate tokens of a case, and which of them one network kept."""
 
+    model_name: str
     boxes_vox: Float[np.ndarray, "N 2 3"]
     """First and last edge of each cell, in voxel edges of the image in RAS+ axes: voxel i lies between i and i + 1."""
     level: Integer[np.ndarray, " N"]
@@ -57,7 +58,8 @@ class CaseView:
     reference: Bool[np.ndarray, "R X Y Z"] | None
     """One mask a label; labels may overlap."""
     prediction: Bool[np.ndarray, "R X Y Z"] | None
-    tokens: TokenBoxes | None = None
+    tokens: tuple[TokenBoxes, ...] = ()
+    """One set a model."""
     facts: dict[str, str] = field(default_factory=dict)
     """What to say of each label, by its name."""
     notes: tuple[str, ...] = ()
@@ -114,7 +116,7 @@ def pack_case(view: CaseView) -> dict[str, Any]:
         "channels": images,
         "labels": [label.name for label in view.labels],
         "masks": _packed_masks(view),
-        "tokens": None if view.tokens is None else _packed_tokens(view.tokens),
+        "tokens": [_packed_tokens(tokens) for tokens in view.tokens],
     }
 
 
@@ -185,6 +187,7 @@ def _bits(masks: Bool[np.ndarray, "R X Y Z"]) -> str:
 def _packed_tokens(tokens: TokenBoxes) -> dict[str, Any]:
     kept = tokens.kept
     return {
+        "model": tokens.model_name,
         "total": len(kept),
         "boxes": tokens.boxes_vox[kept].round(2).reshape(-1, 6).tolist(),
         "level": tokens.level[kept].tolist(),
@@ -222,6 +225,8 @@ def _controls(views: Sequence[CaseView]) -> Html:
         _switch("crosshair", "Crosshair", on=True, shown=True),
     ]
     tokens = _choice("tokens", "Tokens", {"": "hidden", "level": "by level", "score": "by score"})
+    names = max((view.tokens for view in views), key=len, default=())
+    models = _choice("token-model", "of", {str(at): each.model_name for at, each in enumerate(names)})
     return element(
         "div",
         element("div", *switches, class_="switches"),
@@ -231,7 +236,8 @@ def _controls(views: Sequence[CaseView]) -> Html:
         element("label", "Level ", element("input", type="range", class_="level", min="0", max="255", step="1")),
         element("label", "Window ", element("input", type="range", class_="window", min="2", max="510", step="1")),
         element("button", "Reset", type="button", class_="reset"),
-        tokens if any(view.tokens is not None for view in views) else "",
+        models if len(names) > 1 else "",
+        tokens if names else "",
         class_="controls",
     )
 

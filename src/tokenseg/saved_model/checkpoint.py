@@ -30,10 +30,10 @@ from tokenseg.config import NetworkConfig, Plan, Settings, parse_settings
 from tokenseg.errors import ConfigError, FileError, ModelError
 from tokenseg.files import temporary_beside, write_atomically
 from tokenseg.model.network import TokenSeg
+from tokenseg.model.passes import Forward
 from tokenseg.planning.suitability import InputFacts, describe_inputs
 from tokenseg.saved_model.builtin import find_model
 from tokenseg.saved_model.card import Publication, publication_lines
-from tokenseg.shapes import Forward
 
 MakeNetwork: TypeAlias = Callable[[NetworkConfig, Plan], nn.Module]
 """Makes a network that returns a `TokenSegOutput`."""

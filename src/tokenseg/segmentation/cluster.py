@@ -30,11 +30,19 @@ from tokenseg.files import remove_leftovers_of
 from tokenseg.inference.engine import EngineChoice, choose_engine
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.checkpoint import load_model
-from tokenseg.segmentation.case_work import Work, compute_mask, read_case, write_case
+from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.segmentation.cohort import Cohort
-from tokenseg.segmentation.outputs import CaseResult, no_findings_file, probabilities_file, quality_file
+from tokenseg.segmentation.output_files import no_findings_file, probabilities_file, quality_file
 from tokenseg.segmentation.segment import Compute
-from tokenseg.segmentation.status import CaseStatus
+from tokenseg.segmentation.stages import (
+    CaseToDo,
+    FailedCase,
+    WrittenCase,
+    compute_mask,
+    read_case,
+    write_case,
+)
+from tokenseg.stopwatch import Stopwatch
 
 MAX_DEATHS = 3
 """Workers that may die over a case, or before they are ready one after the other, until it is given up."""
@@ -49,7 +57,6 @@ _DIED = (
 
 RayThing: TypeAlias = Any
 """The module, a worker's handle or a promised answer; Ray's types say no more."""
-Written: TypeAlias = tuple[CaseResult, CaseStatus]
 
 
 class Recipe(NamedTuple):
@@ -100,64 +107,61 @@ def compute_on_cluster(cohort: Cohort, recipe: Recipe) -> None:
         hand_out(chain([first], cases), cohort, _Workers.started(ray, cohort, recipe))
 
 
-def hand_out(cases: Iterator[tuple[int, Work]], cohort: Cohort, workers: _Workers) -> None:
+def hand_out(cases: Iterator[tuple[int, CaseToDo]], cohort: Cohort, workers: _Workers) -> None:
     """Give each idle worker a case, and cases of workers that died to others."""
     deaths: Counter[int] = Counter()
     waiting = next(cases, None)
     while waiting is not None or workers.is_busy:
         while waiting is not None and workers.idle:
-            workers.give(_Job(*waiting))
+            workers.give(_Numbered(*waiting))
             waiting = next(cases, None)
         ended = workers.wait()
         if ended is None:
             continue
-        job, result = ended
+        case, result = ended
         if result is None:
-            deaths[job.number] += 1
+            deaths[case.number] += 1
             for place in (no_findings_file, quality_file, probabilities_file, Path):
-                remove_leftovers_of(place(job.work.target))
-        if result is None and deaths[job.number] < MAX_DEATHS:
-            cohort.progress.message(f"{job.work.shown}: its worker died; once more")
-            cases = chain([job], cases)
+                remove_leftovers_of(place(case.to_do.target))
+        if result is None and deaths[case.number] < MAX_DEATHS:
+            cohort.job.progress.message(f"{case.to_do.shown}: its worker died; once more")
+            cases = chain([case], cases)
             waiting = waiting or next(cases)
             continue
         if result is None:
-            job.work.error = _DIED
-            result = write_case(job.work, cohort.models)
-        cohort.finish(job.number, *result)
+            result = write_case(FailedCase(case.to_do, _DIED, Stopwatch()), cohort.job.ensemble)
+        cohort.finish(case.number, *result)
 
 
 class _Worker:
     """Lives in a process of its own, as a Ray actor."""
 
-    def __init__(self, recipe: Recipe, settings: Sequence[str]) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         os.chdir(recipe.folder)
         torch.set_num_threads(recipe.threads)
         models = [load_model(path, recipe.device) for path in recipe.models]
-        self._models = choose_engine(models, recipe.engine, threads=recipe.threads).models
-        self._settings = settings
+        self._ensemble = Ensemble.of(choose_engine(models, recipe.engine, threads=recipe.threads).models)
 
     def ready(self) -> None:
         """Answers once the models are loaded."""
 
-    def segment(self, work: Work) -> Written:
-        read_case(work, self._models, self._settings, Silent())
-        compute_mask(work, self._models, Silent())
-        return write_case(work, self._models)
+    def segment(self, to_do: CaseToDo) -> WrittenCase:
+        computed = compute_mask(read_case(to_do, self._ensemble, Silent()), self._ensemble, Silent())
+        return write_case(computed, self._ensemble)
 
 
-class _Job(NamedTuple):
+class _Numbered(NamedTuple):
     """A case with its number in the cohort."""
 
     number: int
-    work: Work
+    to_do: CaseToDo
 
 
 class _Task(NamedTuple):
-    """What a worker was told to do; no job for a worker that is getting ready."""
+    """What a worker was told to do; no case for a worker that is getting ready."""
 
     worker: RayThing
-    job: _Job | None = None
+    case: _Numbered | None = None
 
 
 @dataclass(eq=False)
@@ -183,8 +187,8 @@ class _Workers:
         if not count:
             raise ConfigError(f"a worker takes {each} {key}, the machines of the cluster have {sorted(has)}")
         needs = {"num_gpus": 1} if key == "GPU" else {"num_cpus": each}
-        make = partial(ray.remote(_Worker).options(**needs).remote, recipe, cohort.settings)
-        workers = cls(ray, make, cohort.progress)
+        make = partial(ray.remote(_Worker).options(**needs).remote, recipe)
+        workers = cls(ray, make, cohort.job.progress)
         workers.progress.message(f"workers: {count}, machines: {len(has)}")
         workers.start(count)
         return workers
@@ -192,18 +196,18 @@ class _Workers:
     @property
     def is_busy(self) -> bool:
         """Whether a case is under way."""
-        return any(task.job is not None for task in self.tasks.values())
+        return any(task.case is not None for task in self.tasks.values())
 
     def start(self, count: int) -> None:
         for _ in range(count):
             worker = self.make()
             self.tasks[worker.ready.remote()] = _Task(worker)
 
-    def give(self, job: _Job) -> None:
+    def give(self, case: _Numbered) -> None:
         worker = self.idle.pop()
-        self.tasks[worker.segment.remote(job.work)] = _Task(worker, job)
+        self.tasks[worker.segment.remote(case.to_do)] = _Task(worker, case)
 
-    def wait(self) -> tuple[_Job, Written | None] | None:
+    def wait(self) -> tuple[_Numbered, WrittenCase | None] | None:
         """Wait until a worker is done; with which case, and its result or None where the worker died over it."""
         (ended,), _ = self.ray.wait(list(self.tasks), num_returns=1)
         task = self.tasks.pop(ended)
@@ -216,12 +220,12 @@ class _Workers:
             self._replace(task, error)
         else:
             self.idle.append(task.worker)
-            self.failed_starts = self.failed_starts if task.job else 0
-        return None if task.job is None else (task.job, result)
+            self.failed_starts = self.failed_starts if task.case else 0
+        return None if task.case is None else (task.case, result)
 
     def _replace(self, task: _Task, error: Exception) -> None:
         self.ray.kill(task.worker)  # it may only be out of reach, and must not write any more
-        if task.job is not None:
+        if task.case is not None:
             # Those that are idle may have died with it, which would show only once they had a case.
             self.start(1 + len(self.idle))
             self.idle.clear()

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from tokenseg.config import SegmentOptions, Settings
+from tokenseg.config import Settings
 from tokenseg.files import is_json_with
-from tokenseg.saved_model.checkpoint import Model
+from tokenseg.segmentation.job import SegmentJob
 from tokenseg.segmentation.status import CaseStatus
 
 MANIFEST_COLUMNS = ("date", "commit", "tokenseg", "torch", "cpu", "gpu", "os")
@@ -107,11 +107,9 @@ def is_manifest(path: Path) -> bool:
     return is_json_with(path, {"tokenseg", "models", "options"})
 
 
-def segment_manifest(
-    models: Sequence[Model], options: SegmentOptions, command: str, cases: Sequence[CaseStatus] = ()
-) -> bytes:
+def segment_manifest(job: SegmentJob, cases: Sequence[CaseStatus] = ()) -> bytes:
     """The manifest of a segmentation, as JSON."""
-    device = models[0].device
+    device = job.ensemble.device
     conditions = manifest(device)
     made = Manifest(
         **{name: conditions[name] for name in MANIFEST_COLUMNS},
@@ -119,8 +117,8 @@ def segment_manifest(
         device=device.type,
         threads=torch.get_num_threads(),
         deterministic=device.type == "cpu",
-        command=command,
-        options={key: value for key, value in asdict(options).items() if value},
+        command=job.command,
+        options={key: value for key, value in asdict(job.options).items() if value},
         models=tuple(
             ModelRecord(
                 name=model.facts.name,
@@ -128,7 +126,7 @@ def segment_manifest(
                 description_sha256=hashlib.sha256(model.facts.model_dump_json().encode()).hexdigest(),
                 engine="torch" if model.compiled is None else "openvino",
             )
-            for model in models
+            for model in job.ensemble.models
         ),
         cases=tuple(cases),
     )

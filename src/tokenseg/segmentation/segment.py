@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import Plan
 from tokenseg.datasets.case_table import is_case_table
 from tokenseg.datasets.cases import Case
 from tokenseg.datasets.inputs import input_size, list_inputs
@@ -17,16 +17,24 @@ from tokenseg.errors import ConfigError, FileError, TokenSegError
 from tokenseg.files import write_atomically
 from tokenseg.imaging.formats import IMAGE_ENDINGS
 from tokenseg.inference.memory import available_mib, parse_memory
-from tokenseg.inference.predict import check_ensemble
-from tokenseg.progress import Progress, Silent
-from tokenseg.saved_model.checkpoint import Model
-from tokenseg.segmentation.case_work import Work, compute_mask, read_case, write_case
-from tokenseg.segmentation.cohort import Cohort, key_settings
-from tokenseg.segmentation.outputs import CaseResult, check_output_file, check_output_folder, manifest_file
+from tokenseg.segmentation.cohort import Cohort
+from tokenseg.segmentation.job import SegmentJob
+from tokenseg.segmentation.output_files import check_output_file, check_output_folder, manifest_file
 from tokenseg.segmentation.provenance import segment_manifest
-from tokenseg.segmentation.status import CaseStatus
+from tokenseg.segmentation.results import CaseResult
+from tokenseg.segmentation.stages import (
+    CaseToDo,
+    ComputedCase,
+    FailedCase,
+    ReadCase,
+    WrittenCase,
+    compute_mask,
+    read_case,
+    write_case,
+)
 
-Written: TypeAlias = Future[tuple[CaseResult, CaseStatus]]
+Read: TypeAlias = Callable[[], ReadCase | FailedCase]
+"""Gives a case that is being read, or reads it now."""
 Compute: TypeAlias = Callable[[Cohort], None]
 """Who does the cases of a cohort that are left."""
 
@@ -35,14 +43,7 @@ _AHEAD_SHARE = 1 / 8
 
 
 def segment_files(
-    models: Sequence[Model],
-    input_path: Path,
-    output_path: Path,
-    progress: Progress | None = None,
-    *,
-    options: SegmentOptions | None = None,
-    command: str = "",
-    compute: Compute | None = None,
+    job: SegmentJob, input_path: Path, output_path: Path, compute: Compute | None = None
 ) -> list[CaseResult]:
     """Segment a file, a folder of cases, or a dataset; write masks and, for a folder, `summary.csv`.
 
@@ -50,24 +51,20 @@ def segment_files(
     images, and files that no earlier call wrote, never are.
 
     Args:
-        models: One or several models of the same plan.
+        job: Which models, what else was asked for, and who is told.
         input_path: An image file, a folder of images, a dataset folder, a table of cases (`.csv`), or DICOM (a folder,
             a zip archive or a file).
         output_path: A mask file for a single input file; else a folder, made if absent. For a single DICOM study
             either.
-        progress: Told about each case.
-        options: What else was asked for.
-        command: For the manifest.
         compute: Who does the cases of a folder; this process if not given.
 
     Raises:
         TokenSegError: Input or output cannot be used at all.
     """
-    check_ensemble(models)
-    options = options or SegmentOptions()
+    options = job.options
     part, count = options.part()
     parse_memory(options.max_memory)
-    cases = list_inputs(input_path, models[0].facts.plan, options.series)
+    cases = list_inputs(input_path, job.plan, options.series)
     is_dicom = cases[0].exam is not None
     endings = (*IMAGE_ENDINGS, ".dcm") if is_dicom else IMAGE_ENDINGS
     named_as_file = output_path.name.endswith(endings) and not output_path.is_dir()
@@ -77,33 +74,19 @@ def segment_files(
         check_output_file(output_path, input_path, endings, wanted=options.probabilities)
         if compute is not None:
             raise ConfigError("a single scan needs no cluster: leave out --engine ray, or give a folder of cases")
-        return [_segment_alone(models, cases[0], output_path, options, progress or Silent(), command)]
+        return [_segment_alone(job, cases[0], output_path)]
     check_output_folder(output_path, cases, wanted=options.probabilities)
-    cases = cases[part - 1 :: count]
-    return segment_cases(
-        models, cases, output_path, progress or Silent(), options=options, command=command, compute=compute
-    )
-
-
-def _is_one_image(path: Path) -> bool:
-    return path.is_file() and not is_case_table(path)
+    return segment_cases(job, cases[part - 1 :: count], output_path, compute)
 
 
 def segment_cases(
-    models: Sequence[Model],
-    cases: Sequence[Case],
-    folder: Path,
-    progress: Progress,
-    *,
-    options: SegmentOptions | None = None,
-    command: str = "",
-    compute: Compute | None = None,
+    job: SegmentJob, cases: Sequence[Case], folder: Path, compute: Compute | None = None
 ) -> list[CaseResult]:
     """Segment cases into `folder`: `CASE` with the input's ending, and `CASE_qc.json`; see `Cohort` for what else.
 
     Cases that an earlier call did from the same input with the same weights and settings are not done again.
     """
-    cohort = Cohort(models, cases, folder, progress, options or SegmentOptions(), command)
+    cohort = Cohort(job, cases, folder)
     try:
         (compute or compute_here)(cohort)
     finally:
@@ -111,54 +94,59 @@ def segment_cases(
     return cohort.results
 
 
+def segment_unwritten(job: SegmentJob, case: Case) -> ComputedCase:
+    """Segment a case and write nothing: for what is told on the way, such as its tokens.
+
+    Raises:
+        TokenSegError: It cannot be segmented.
+    """
+    to_do = CaseToDo(case, Path(case.case_id), job.options, tokens=job.tokens_of > 0, alone=True)
+    computed = compute_mask(read_case(to_do, job.ensemble, job.progress), job.ensemble, job.progress)
+    if isinstance(computed, FailedCase):
+        raise TokenSegError(computed.error)
+    return computed
+
+
 def compute_here(cohort: Cohort) -> None:
     """Do all cases that are left, one after the other; a thread reads ahead, another writes behind."""
-    models, options = cohort.models, cohort.options
-    written: list[tuple[int, Written]] = []
+    job, ensemble = cohort.job, cohort.job.ensemble
+    written: list[tuple[int, Future[WrittenCase]]] = []
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         try:
-            for number, read in _one_ahead(_begin(cohort, reader)):
-                if options.max_memory:
+            begun = _begin(cohort, reader)
+            waiting = next(begun, None)
+            while waiting is not None:
+                (number, read), waiting = waiting, next(begun, None)
+                if job.options.max_memory:
                     _take(written, cohort)  # what is still being written would count
-                work = read()
-                compute_mask(work, models, cohort.progress)
+                computed = compute_mask(read(), ensemble, job.progress)
+                del read  # what holds a scan is let go before the next one is held
                 _take(written, cohort)
-                written.append((number, writer.submit(write_case, work, models)))
+                written.append((number, writer.submit(write_case, computed, ensemble)))
+                del computed
         finally:
             _take(written, cohort)  # also where somebody interrupts
 
 
-def _begin(cohort: Cohort, reader: ThreadPoolExecutor) -> Iterator[tuple[int, Callable[[], Work]]]:
-    for number, work in cohort.left():
-        read = partial(_read, work, cohort)
-        yield number, reader.submit(read).result if _may_be_read_ahead(work, cohort.models[0].facts.plan) else read
+def _begin(cohort: Cohort, reader: ThreadPoolExecutor) -> Iterator[tuple[int, Read]]:
+    job = cohort.job
+    for number, to_do in cohort.left():
+        read = partial(read_case, to_do, job.ensemble, job.progress)
+        yield number, reader.submit(read).result if _may_be_read_ahead(to_do, job.plan) else read
 
 
-def _read(work: Work, cohort: Cohort) -> Work:
-    read_case(work, cohort.models, cohort.settings, cohort.progress)
-    return work
-
-
-def _may_be_read_ahead(work: Work, plan: Plan) -> bool:
+def _may_be_read_ahead(to_do: CaseToDo, plan: Plan) -> bool:
     free = available_mib()
-    if work.options.max_memory or free is None:
+    if to_do.options.max_memory or free is None:
         return False
     try:
-        work.size = input_size(work.case, plan)
+        size = input_size(to_do.case, plan)
     except TokenSegError:
         return True  # whose error comes when it is read
-    return math.prod(work.size.shape) * work.size.num_channels * 4 / 2**20 < _AHEAD_SHARE * free
+    return math.prod(size.shape) * size.num_channels * 4 / 2**20 < _AHEAD_SHARE * free
 
 
-def _one_ahead(begun: Iterator[tuple[int, Callable[[], Work]]]) -> Iterator[tuple[int, Callable[[], Work]]]:
-    """Ask for the next before each is given."""
-    waiting = next(begun, None)
-    while waiting is not None:
-        current, waiting = waiting, next(begun, None)
-        yield current
-
-
-def _take(written: list[tuple[int, Written]], cohort: Cohort) -> None:
+def _take(written: list[tuple[int, Future[WrittenCase]]], cohort: Cohort) -> None:
     while written:
         number, future = written[0]
         result, status = future.result()
@@ -166,13 +154,15 @@ def _take(written: list[tuple[int, Written]], cohort: Cohort) -> None:
         cohort.finish(number, result, status)
 
 
-def _segment_alone(
-    models: Sequence[Model], case: Case, target: Path, options: SegmentOptions, progress: Progress, command: str
-) -> CaseResult:
-    work = Work(case, target, options, alone=True)
-    read_case(work, models, key_settings(models, options), progress)
-    compute_mask(work, models, progress)
-    result, status = write_case(work, models)
+def _is_one_image(path: Path) -> bool:
+    return path.is_file() and not is_case_table(path)
+
+
+def _segment_alone(job: SegmentJob, case: Case, target: Path) -> CaseResult:
+    settings = job.settings if job.ensemble.is_saved else ()
+    to_do = CaseToDo(case, target, job.options, settings, tokens=job.tokens_of > 0, alone=True)
+    computed = compute_mask(read_case(to_do, job.ensemble, job.progress), job.ensemble, job.progress)
+    result, status = write_case(computed, job.ensemble)
     if result.mask is not None:
-        write_atomically(manifest_file(target), segment_manifest(models, options, command, [status]))
+        write_atomically(manifest_file(target), segment_manifest(job, [status]))
     return result

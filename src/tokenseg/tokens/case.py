@@ -1,7 +1,7 @@
-"""Segment one scan and keep what the tokenizer did in each pass of the network, in places of the scan itself.
+"""Tokens of one scan in places of the scan itself, from what was told of the passes while it was segmented.
 
-The scan is segmented as `tokenseg segment` does it, in one pass or in sliding windows; each pass has its own
-candidates and keeps its own K. Everything is told in voxels of the scan turned to RAS+ axes at its own spacing.
+Each pass, one over all or windows, has its own candidates and keeps its own K. Everything is in voxels of the scan
+turned to RAS+ axes at its own spacing.
 """
 
 from __future__ import annotations
@@ -9,25 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Integer, Shaped
-from torch import Tensor, nn
 
 from tokenseg.config import NetworkConfig, Plan
 from tokenseg.errors import ConfigError
-from tokenseg.imaging.orientation import turn_to_ras
-from tokenseg.imaging.volume import Volume
-from tokenseg.inference.predict import check_finite
-from tokenseg.inference.windows import PaddedRows, in_order, pad_rows, predict_logits, torch_forward, window_corners
-from tokenseg.model.network import TokenRecord, TokenSegOutput
+from tokenseg.imaging.orientation import shape3, turn_to_ras
+from tokenseg.inference.token_passes import TokenPasses
+from tokenseg.inference.windows import Corner, window_corners
 from tokenseg.model.quantizer import FiniteScalarQuantizer
-from tokenseg.plan_grid.preprocess import GridRecord, prepare_image, rows_of
-from tokenseg.plan_grid.restore import restore_logits
+from tokenseg.plan_grid.preprocess import GridRecord
 from tokenseg.saved_model.checkpoint import Model
-from tokenseg.shapes import BoolMask, Images
+from tokenseg.shapes import BoolMask, MaskArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +35,8 @@ class CaseTokens:
         boxes_vox: Where the features of each token were pooled, clipped to what the network saw of the scan; empty
             for a cell wholly in padding.
         cells_vox: The even share of the scan that stands for each token in a picture: the same for all levels, trimmed
-            where windows overlap, so that no two places overlap; empty where nothing is left.
+            where windows overlap, so that no two places overlap; empty where nothing is left. Steered windows lie where
+            they are needed, and are not trimmed.
         level: Pyramid level of each candidate, 0 = 1/2.
         kept: Whether each candidate was kept.
         boundary: First term of the score, the gradient of the image; 0..1 within a pass.
@@ -49,7 +45,7 @@ class CaseTokens:
         score: The joined score, 0..1.
         code: Entry of the codebook; -1 without one.
         num_codes: Entries of the codebook; 0 without one.
-        prediction: Foreground that the same passes segmented, in RAS+ axes.
+        prediction: Foreground of the mask, in RAS+ axes.
         record: The way from the scan as stored.
     """
 
@@ -73,43 +69,30 @@ class CaseTokens:
         return real
 
 
-def find_tokens(model: Model, volume: Volume) -> CaseTokens:
-    """Segment a volume and keep what the tokenizer did in each pass.
+def case_tokens(model: Model, passes: TokenPasses, record: GridRecord, mask: MaskArray) -> CaseTokens:
+    """Put what was told of the passes over a scan into places of the scan.
 
     Args:
-        model: A model with a token path.
-        volume: Must bring the channels that the model expects, by name.
-
-    Raises:
-        ConfigError: The model has no tokens.
-        DataError: A channel is missing.
-        ModelError: The network gives NaN or infinity.
+        model: That made the passes.
+        passes: Told while the scan was segmented.
+        record: Of the scan.
+        mask: That came of it, as stored.
     """
-    check_has_tokens(model)
-    plan = model.facts.plan
-    prepared = prepare_image(volume, plan)
-    record = prepared.record
-    listening = _Listening(model.network)
-    logits = predict_logits(torch_forward(listening, model.device), prepared.image, plan)
-    check_finite(logits, model)
-    passes = _find_passes(pad_rows(rows_of(prepared.image), plan.window_vox), plan)
-    records = listening.records
-    level = records[0].level.cpu().numpy()
-    boxes = [each.boxes_vox.cpu().numpy() + where.corner for each, where in zip(records, passes, strict=True)]
-    cells = [np.tile(where.cells, (len(level) // len(where.cells), 1, 1)) for where in passes]
-    importance = [each.importance for each in records]
+    places = _find_places(passes.corners, record, model.facts.plan)
+    boxes = [passes.boxes_vox + np.array(place.corner) for place in places]
+    cells = [np.tile(place.cells, (len(passes.level) // len(place.cells), 1, 1)) for place in places]
     return CaseTokens(
         boxes_vox=_to_scan(boxes, record),
         cells_vox=_to_scan(cells, record),
-        level=level,
-        kept=_stacked([each.kept for each in records]),
-        boundary=_stacked([each.boundary for each in importance]),
-        semantic=_stacked([each.semantic for each in importance]),
-        diversity=_stacked([each.diversity for each in importance]),
-        score=_stacked([each.score for each in importance]),
-        code=_stacked([each.codes for each in records]),
+        level=passes.level,
+        kept=passes.kept,
+        boundary=passes.boundary,
+        semantic=passes.semantic,
+        diversity=passes.diversity,
+        score=passes.score,
+        code=passes.codes,
         num_codes=_num_codes(model.facts.network),
-        prediction=turn_to_ras(restore_logits(logits, record, plan) != 0, record.axes, record.flipped),
+        prediction=turn_to_ras(mask != 0, record.axes, record.flipped),
         record=record,
     )
 
@@ -127,7 +110,7 @@ def check_has_tokens(model: Model) -> None:
         )
 
 
-class _Pass(NamedTuple):
+class _Place(NamedTuple):
     """Where one pass of the network lies, in voxels of the prepared image."""
 
     corner: tuple[int, int, int]
@@ -136,42 +119,30 @@ class _Pass(NamedTuple):
     """Its even shares, trimmed to the part of the image that is nearer to its centre than to another's."""
 
 
-class _Listening(nn.Module):
-    """A network that remembers the token record of each of its passes."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.records: list[TokenRecord] = []
-
-    def forward(self, images: Images) -> TokenSegOutput:
-        output: TokenSegOutput = self.network(images)
-        if output.tokens is not None:
-            self.records.append(output.tokens)
-        return output
-
-
-def _find_passes(image: PaddedRows, plan: Plan) -> list[_Pass]:
-    size, order = image.rows.shape, image.rows.order
-    corners = window_corners(size, plan)
-    length = size if corners is None else plan.window_vox
-    corners = in_order(corners or [(0, 0, 0)], order)
+def _find_places(corners: Sequence[Corner], record: GridRecord, plan: Plan) -> list[_Place]:
+    """Where passes lie in the prepared image; their corners count from its padding on."""
+    padded = shape3(np.maximum(record.grid_shape, plan.window_vox))
+    start = [(size - length) // 2 for size, length in zip(padded, record.grid_shape, strict=True)]
+    length = padded if window_corners(padded, plan) is None else plan.window_vox
     firsts = [sorted({corner[axis] for corner in corners}) for axis in range(3)]
-    start = [image.place[order.index(axis)].start for axis in range(3)]
-    passes = []
+    if math.prod(map(len, firsts)) != len(corners):  # steered: no window has a neighbour on each side
+        firsts = [[] for _ in range(3)]
+    places = []
     for corner in corners:
         edges = [_edges(corner[i], firsts[i], length[i], plan.grid[i]) - start[i] for i in range(3)]
         low, high = (
             np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1).reshape(-1, 3)
             for ends in ([each[:-1] for each in edges], [each[1:] for each in edges])
         )
-        x, y, z = (int(first - padding) for first, padding in zip(corner, start, strict=True))
-        passes.append(_Pass((x, y, z), np.stack([low, high], axis=1)))
-    return passes
+        x, y, z = (first - padding for first, padding in zip(corner, start, strict=True))
+        places.append(_Place((x, y, z), np.stack([low, high], axis=1)))
+    return places
 
 
 def _edges(first: int, firsts: Sequence[int], length: int, count: int) -> Float[np.ndarray, " E"]:
     """Ends of the even shares of a window along an axis, trimmed half-way to where its neighbours begin or end."""
+    if not firsts:
+        return np.linspace(first, first + length, count + 1)
     place = firsts.index(first)
     low = first if place == 0 else (firsts[place - 1] + length + first) / 2
     high = first + length if place == len(firsts) - 1 else (first + length + firsts[place + 1]) / 2
@@ -184,11 +155,6 @@ def _to_scan(boxes: list[Shaped[np.ndarray, "N 2 3"]], record: GridRecord) -> Fl
     in_scan = np.stack(boxes) * scale + np.array(record.crop_start)
     clipped: Float[np.ndarray, "T N 2 3"] = np.clip(in_scan, record.crop_start, record.crop_stop)
     return clipped
-
-
-def _stacked(tensors: Sequence[Tensor]) -> np.ndarray[Any, np.dtype[Any]]:
-    values = torch.cat(list(tensors)).cpu()
-    return (values.float() if values.is_floating_point() else values).numpy()
 
 
 def _num_codes(config: NetworkConfig) -> int:

@@ -1,6 +1,6 @@
 """What the tokenizer did with one case: which of its candidate tokens were kept, how near to a boundary, and why.
 
-`tokens_of_case` reads, runs and sums up; the result is printed (`describe_tokens`), written (`write_json`) or drawn
+Made by `tokenseg.tokens.find`; printed (`describe_tokens`), written (`write_json`) or drawn
 (`tokenseg.tokens.picture`).
 """
 
@@ -15,19 +15,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from tokenseg.config import NUM_LEVELS, Plan
-from tokenseg.datasets.cases import Case
-from tokenseg.datasets.inputs import list_inputs, read_input
-from tokenseg.errors import ConfigError, DataError
+from tokenseg.config import NUM_LEVELS
 from tokenseg.files import write_atomically
-from tokenseg.imaging.orientation import turn_to_ras
-from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
-from tokenseg.messages import first_few
-from tokenseg.plan_grid.intensities import select_channels
-from tokenseg.saved_model.checkpoint import Model
 from tokenseg.shapes import BoolMask
-from tokenseg.tokens.boundary import NearBoundary, boundary_distances_mm, near_boundary
-from tokenseg.tokens.case import CaseTokens, check_has_tokens, find_tokens
+from tokenseg.tokens.boundary import NearBoundary, near_boundary
+from tokenseg.tokens.case import CaseTokens
 
 RADII_MM = (0.0, 2.0, 5.0)
 """How far from the boundary a token still counts as near it."""
@@ -104,7 +96,7 @@ class TokenReport:
 
     Attributes:
         case_id: Name of the case.
-        model_name: Name of the model.
+        model_name: Name of the model; of several that segment together, with its number.
         tokens: The tokens.
         summary: Their numbers.
         distance_mm: Distance of each token's box to the boundary, 0 where the boundary passes through it, infinite
@@ -149,71 +141,13 @@ class TokenReport:
         }
 
 
-def tokens_of_case(model: Model, case: Path, reference: Path | None = None) -> TokenReport:
-    """Read a case, run the model on it, and say what its tokenizer did.
-
-    Args:
-        model: A model with a token path.
-        case: An image file, or a folder that holds one case, such as a patient's folder of `CASE_0000.nii.gz`...
-        reference: Mask file with the reference, in the label values that the model knows.
-
-    Raises:
-        ConfigError: The folder holds several cases, or the model has no tokens.
-        TokenSegError: A file cannot be read or used.
-    """
-    check_has_tokens(model)
-    plan = model.facts.plan
-    found = _only_case(case, plan)
-    mask = None if reference is None else read_mask(reference)
-    return report_tokens(model, read_input(found, plan), found.case_id, mask)
-
-
-def report_tokens(model: Model, volume: Volume, case_id: str, reference: Mask | None = None) -> TokenReport:
-    """Run the model on one volume and say what its tokenizer did.
-
-    Args:
-        model: A model with a token path.
-        volume: Must bring the channels that the model expects, by name.
-        case_id: How the case is called.
-        reference: Reference mask on the grid of the volume; without one, the boundary is that of the prediction.
-
-    Raises:
-        ConfigError: The model has no tokens.
-        DataError: A channel is missing, or the reference holds none of the model's label values but others.
-        GeometryError: Volume and reference are not on one grid.
-        ModelError: The network gives NaN or infinity.
-    """
-    plan = model.facts.plan
-    if reference is not None:
-        check_same_grid(volume, reference, what=(f"image of {case_id}", "its reference"))
-    foreground = None if reference is None else _known_foreground(reference, plan, case_id)
-    tokens = find_tokens(model, volume)
-    record = tokens.record
-    if foreground is not None:
-        foreground = turn_to_ras(foreground, record.axes, record.flipped)
-    mask = tokens.prediction if foreground is None else foreground
-    distance_mm = None
-    if mask.any() and not mask.all():
-        distance_mm = boundary_distances_mm(tokens.boxes_vox, mask, record.spacing_mm, max(RADII_MM))
-    shown = next((index for index, channel in enumerate(plan.channels) if " - " in channel), 0)
-    return TokenReport(
-        case_id=case_id,
-        model_name=model.facts.name,
-        tokens=tokens,
-        summary=summarise_tokens(tokens, distance_mm, "prediction" if foreground is None else "reference"),
-        distance_mm=distance_mm,
-        image=turn_to_ras(select_channels(volume, plan)[shown], record.axes, record.flipped),
-        reference=foreground,
-    )
-
-
 def summarise_tokens(
     tokens: CaseTokens, distance_mm: Float[np.ndarray, "T N"] | None, boundary_of: Literal["reference", "prediction"]
 ) -> TokenSummary:
     """Put the tokens of a case into numbers.
 
     Args:
-        tokens: From `find_tokens`.
+        tokens: Of the case.
         distance_mm: Distance of each token's box to the boundary; None where there is no boundary.
         boundary_of: Whose boundary that is.
     """
@@ -267,26 +201,6 @@ def describe_tokens(report: TokenReport) -> str:
         entries, used, perplexity = summary.codebook
         lines.append(f"codebook: {used} of {entries} entries used, perplexity {perplexity:.1f}")
     return "\n".join(lines) + "\n"
-
-
-def _only_case(path: Path, plan: Plan) -> Case:
-    cases = list_inputs(path, plan)
-    if len(cases) > 1:
-        raise ConfigError(
-            f"{path} holds {len(cases)} cases ({first_few([case.case_id for case in cases])}); "
-            "give one image file, or a folder with the files of one case"
-        )
-    return cases[0]
-
-
-def _known_foreground(reference: Mask, plan: Plan, case_id: str) -> BoolMask:
-    names = {value: label.name for label in plan.labels for value in label.values}
-    foreground = np.isin(reference.array, list(names))
-    if reference.array.any() and not foreground.any():
-        known = ", ".join(f"{value} ({name})" for value, name in sorted(names.items()))
-        found = first_few([str(value) for value in np.unique(reference.array[reference.array != 0])])
-        raise DataError(f"reference of {case_id} holds the values {found}; the model knows {known}. Change the values")
-    return foreground
 
 
 def _codebook_use(tokens: CaseTokens) -> CodebookUse:

@@ -63,7 +63,11 @@ from tokenseg.planning.suitability import InputFacts, summarise_inputs
 from tokenseg.progress import Progress, Silent
 from tokenseg.report.reports import tokens_of_selected, train_report
 from tokenseg.saved_model.checkpoint import MakeNetwork, Model, ModelFacts, QualityFacts, save_model
+from tokenseg.saved_model.ensemble import Ensemble
+from tokenseg.segmentation.job import SegmentJob
+from tokenseg.segmentation.results import CaseResult
 from tokenseg.segmentation.segment import segment_cases
+from tokenseg.tokens.report import TokenReport
 from tokenseg.training.augment import build_augmentation, leave_unchanged
 from tokenseg.training.batches import TrainingBatches
 from tokenseg.training.cache import PreparedCase, prepare_cases
@@ -172,10 +176,23 @@ def train(
         model = Model(network.eval(), _facts(setup), fabric.device)
         quality = _quality(model, setup, run_path, progress)
         model = replace(model, facts=model.facts.model_copy(update={"quality": quality}))
-        evaluation = _validate(model, setup, run_path, progress)
+        job = SegmentJob(
+            Ensemble.of(model),
+            SegmentOptions(show_names=True),  # of a dataset, as in everything else that a training writes
+            progress,
+            tokens_of=len(setup.split.val),
+        )
+        results, evaluation = _validate(job, setup, run_path)
         facts = _facts(setup, total_steps, evaluation).model_copy(update={"quality": quality})
         save_model(run_path / "model", network, facts)
-        _report(Model(network.eval(), facts, fabric.device), setup, run_path, evaluation, progress)
+        _report(
+            replace(model, facts=facts),
+            setup,
+            run_path,
+            evaluation,
+            tokens_of_selected(job, results, evaluation),
+            progress,
+        )
         return evaluation
 
     evaluation = first_then_others(fabric, finish)
@@ -356,15 +373,14 @@ def _facts(setup: _Setup, steps: int | None = None, evaluation: Evaluation | Non
     )
 
 
-def _validate(model: Model, setup: _Setup, run_path: Path, progress: Progress) -> Evaluation:
+def _validate(job: SegmentJob, setup: _Setup, run_path: Path) -> tuple[list[CaseResult], Evaluation]:
     """Segment the validation cases from their files and score them on their own grids."""
     folder = run_path / "validation"
-    options = SegmentOptions(show_names=True)  # of a dataset, as in everything else that a training writes
-    segment_cases([model], _validation_cases(setup), folder, progress, options=options)
+    results = segment_cases(job, _validation_cases(setup), folder)
     evaluation = evaluate_folders(folder, setup.dataset.root, labels=setup.config.plan.labels)
     write_json(folder / "scores.json", evaluation)
     write_csv(folder / "scores.csv", evaluation)
-    return evaluation
+    return results, evaluation
 
 
 def _quality(model: Model, setup: _Setup, run_path: Path, progress: Progress) -> QualityFacts:
@@ -380,9 +396,15 @@ def _validation_cases(setup: _Setup) -> list[Case]:
     return [case for case in setup.dataset.cases if case.case_id in held_out]
 
 
-def _report(model: Model, setup: _Setup, run_path: Path, evaluation: Evaluation, progress: Progress) -> None:
+def _report(
+    model: Model,
+    setup: _Setup,
+    run_path: Path,
+    evaluation: Evaluation,
+    tokens: Sequence[TokenReport],
+    progress: Progress,
+) -> None:
     progress.message(f"writing {run_path / REPORT_NAME}")
-    tokens = tokens_of_selected(model, evaluation, setup.dataset) if isinstance(model.network, TokenSeg) else []
     facts = {
         "dataset": f"{model.facts.name}: {setup.dataset.reason}",
         "cases": f"{len(setup.split.train)} to train on, {len(setup.split.val)} to validate on",

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from tokenseg.benchmark.speed.networks import TOKENSEG, make_plan
 from tokenseg.errors import ConfigError
 from tokenseg.imaging.volume import Volume, read_volume, write_mask, write_volume
-from tokenseg.inference.predict import segment_in_slabs
+from tokenseg.inference.predict import segment_scan
 from tokenseg.model.network import TokenSeg
 from tokenseg.saved_model.checkpoint import Model, ModelFacts
+from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.stopwatch import Stopwatch
 
 SCAN_VOX = (256, 256, 160)
@@ -57,7 +58,7 @@ def stage_seconds(
             watch = Stopwatch()
             with watch.stage("load"):
                 volume = read_volume(scan, plan.source_channels)
-            segment_in_slabs([model], volume, watch, full=False, num_slabs=1)
+            segment_scan(Ensemble.of(model), volume, watch=watch)
             with watch.stage("save"):
                 write_mask(mask, mask_array, volume)
             if number:

@@ -332,8 +332,13 @@ class Viewer {
     }
   }
 
+  // Those of the chosen model, where several segmented together.
+  get tokens() {
+    return this.data.tokens[Number(this.find("select.token-model")?.value || 0)];
+  }
+
   drawTokens(context, plane, x, y, dense) {
-    const { tokens } = this.data;
+    const { tokens } = this;
     const mode = this.find("select.tokens")?.value;
     if (!tokens || !mode) return;
     const { u, v, w } = plane;
@@ -378,7 +383,7 @@ class Viewer {
 
   drawKey() {
     const key = this.find(".key");
-    const { tokens } = this.data;
+    const { tokens } = this;
     if (!key) return;
     const mode = this.find("select.tokens").value;
     const entries = { level: LEVEL_NAMES.map((name, level) => [LEVEL_COLOURS[level], name]), score: [] }[mode] || [];

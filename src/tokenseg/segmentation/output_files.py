@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import SegmentOptions
 from tokenseg.datasets.cases import Case
 from tokenseg.errors import FileError
 from tokenseg.files import check_writable, writing
@@ -26,11 +24,11 @@ from tokenseg.imaging.dicom.seg import (
 )
 from tokenseg.imaging.formats import IMAGE_ENDINGS, image_ending, image_stem, is_named_as_image, mask_ending
 from tokenseg.imaging.volume import Volume, write_mask
-from tokenseg.inference.quality import CaseQuality, is_quality
+from tokenseg.inference.quality import is_quality
 from tokenseg.messages import first_few
 from tokenseg.plan_grid.probabilities import is_probabilities
 from tokenseg.plan_grid.restore import painted_values
-from tokenseg.saved_model.checkpoint import Model
+from tokenseg.saved_model.checkpoint import ModelFacts
 from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.provenance import is_manifest
 from tokenseg.segmentation.status import read_statuses
@@ -40,39 +38,12 @@ SUMMARY_NAME, STATUS_NAME, MANIFEST_NAME = "summary.csv", "status.jsonl", "manif
 _QUALITY_ENDING, _MANIFEST_ENDING, _PROBABILITIES_ENDING = "_qc.json", "_manifest.json", "_probabilities.npy"
 
 
-@dataclass(frozen=True)
-class CaseResult:
-    """What became of one case of `segment_files`."""
-
-    case_id: str
-    mask: Path | None
-    """Where the mask was written; None when the case failed."""
-    volumes_ml: dict[str, float]
-    """Volume of each label in millilitres; a region includes the regions within it that are painted over it."""
-    error: str = ""
-    """Why the case failed."""
-    shown_error: str = ""
-    """The same without names and paths, unless names were asked for."""
-    windows_run: int = 0
-    """Windows that ran at full spacing, over all models; 1 a model where the case ran whole."""
-    windows_full: int = 0
-    """Windows that the full sliding window takes, over all models."""
-    warnings: tuple[str, ...] = ()
-    """In what the scan is far from all that the (first) model was trained on; it is segmented all the same."""
-    notes: tuple[str, ...] = ()
-    """What of the input was used, where that was chosen: the phases of a DCE exam in DICOM."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time of each stage: load, resample, network, quality, resample back, save."""
-    quality: CaseQuality | None = None
-    """How sure the network is and what is unusual; None when the case failed."""
-
-
-def write_output(target: Path, mask: MaskArray, volume: Volume, model: Model, options: SegmentOptions) -> Path:
+def write_output(target: Path, mask: MaskArray, volume: Volume, facts: ModelFacts, options: SegmentOptions) -> Path:
     """Write a mask in the form that its name says; where it went."""
     if not target.name.endswith(".dcm"):
         write_mask(target, mask, volume)
         return target
-    plan, name = model.facts.plan, model.facts.name
+    plan, name = facts.plan, facts.name
     segments = [Segment(label, np.isin(mask, painted_values(label, plan))) for label in plan.labels]
     found = [segment for segment in segments if segment.voxels.any()]
     other = no_findings_file(target)
@@ -119,22 +90,6 @@ def mask_name(case: Case) -> str:
     # So has one whose file is missing and is named as no image.
     is_image = bool(case.images) and is_named_as_image(case.images[0])
     return case.case_id + (mask_ending(image_ending(case.images[0])) if is_image else IMAGE_ENDINGS[0])
-
-
-def summary(results: Iterable[CaseResult], plan: Plan) -> bytes:
-    """Volumes of all cases as CSV, and why those failed that did."""
-    text = io.StringIO()
-    names = [label.name for label in plan.labels]
-    writer = csv.writer(text)
-    # Columns of windows only where there is a choice of windows.
-    steered = plan.coarse_factor is not None
-    windows = ["windows_run", "windows_full"] if steered else []
-    writer.writerow(["case", *(f"{name}_ml" for name in names), *windows, "error"])
-    for result in results:
-        volumes = [f"{result.volumes_ml[name]:.4f}" if result.volumes_ml else "" for name in names]
-        counts = ["", ""] if result.mask is None else [result.windows_run, result.windows_full]
-        writer.writerow([result.case_id, *volumes, *(counts if steered else []), result.error])
-    return text.getvalue().encode()
 
 
 def check_output_file(output: Path, image: Path, endings: tuple[str, ...], *, wanted: bool) -> None:
