@@ -60,7 +60,7 @@ def test_the_quickstart_works_from_top_to_bottom(tmp_path: Path, monkeypatch: py
     assert "complete" in (tmp_path / "tokenseg-completion.bash").read_text()
     for command in rest:
         run(command, {"2": "0.02"} if "train" in command.split() else {})
-    assert [command.split()[1] for command in rest] == ["demo", "cohort", "train", "segment", "evaluate", "tokens"]
+    assert [command.split()[1] for command in rest] == ["demo", "synthetic", "train", "segment", "evaluate", "tokens"]
     pages = ["tokenseg-demo/report.html", "run/report.html", "masks.html", "scores.html", "tokens.png"]
     assert all((tmp_path / page).stat().st_size > 10_000 for page in pages)
     # Where a figure comes from synthetic exams, its page says so.

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenseg.benchmark.peers import monai_unet
-from tokenseg.config import CohortOptions, PresetName, TrainOptions
+from tokenseg.config import PresetName, SyntheticOptions, TrainOptions
 from tokenseg.datasets.cases import first_few
 from tokenseg.datasets.inputs import list_inputs
 from tokenseg.datasets.layouts import open_dataset
@@ -49,7 +49,7 @@ from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
 from tokenseg.saved_model.checkpoint import Model, load_model
 from tokenseg.segmentation.segment import segment_cases
-from tokenseg.synthetic.datasets import COHORT_NAME, write_cohort
+from tokenseg.synthetic.datasets import MARKER_NAME, write_datasets
 from tokenseg.tokens.report import TokenReport
 from tokenseg.training.csv_log import read_log
 from tokenseg.training.loop import LOG_NAME
@@ -58,7 +58,7 @@ from tokenseg.training.train import train
 TOKENSEG, UNET = "tokenseg", "monai-unet"
 NAMES = {TOKENSEG: "TokenSeg", UNET: "MONAI UNet"}
 PARTS = {"test": "held-out exams", "external": "external centre"}
-REPORT_NAME = "report.html"
+EXAMS_NAME, REPORT_NAME = "cohort", "report.html"
 SYNTHETIC = "All exams are synthetic: these figures show how the tool works and say nothing about patients."
 EXPLAINED = (
     "Dice: mean over the exams with a lesion, a missed one counts 0. Lesion F1: over all lesions. False positives: "
@@ -70,7 +70,7 @@ EXPLAINED = (
 class DemoSize:
     """How large a demo is; the defaults are what `tokenseg demo` runs."""
 
-    cohort: CohortOptions = field(default_factory=CohortOptions)
+    exams: SyntheticOptions = field(default_factory=SyntheticOptions)
     preset: PresetName = "small"
     minutes: float = 7.0
     """Time for the training steps of each network."""
@@ -83,7 +83,7 @@ FULL = DemoSize()
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One network on one part of the cohort."""
+    """One network on one part of the exams."""
 
     network: str
     part: str
@@ -112,7 +112,7 @@ class DemoResult:
 
 
 def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None = None) -> DemoResult:
-    """Make the cohort, train both networks at the same time, segment, evaluate, write the report.
+    """Draw the exams, train both networks at the same time, segment, evaluate, write the report.
 
     Args:
         folder: Everything goes in here, so it must be new, empty, or of an earlier demo, which is gone on with.
@@ -123,17 +123,17 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
         TokenSegError: The folder cannot be used, or a training broke down.
     """
     progress, size = progress or Silent(), size or FULL
-    cohort = folder / "cohort"
+    exams = folder / EXAMS_NAME
     _refuse_foreign(folder)
-    write_cohort(cohort, size.cohort, progress)
-    with _unet_beside(cohort / "train", folder / UNET, size):
-        _train_tokenseg(cohort / "train", folder / TOKENSEG, size, progress)
+    write_datasets(exams, size.exams, progress)
+    with _unet_beside(exams / "train", folder / UNET, size):
+        _train_tokenseg(exams / "train", folder / TOKENSEG, size, progress)
         progress.message("waiting for the training of MONAI UNet, which runs beside")
     models = {TOKENSEG: load_model(folder / TOKENSEG), UNET: load_model(folder / UNET, make_network=monai_unet)}
     rows, evaluations = [], dict[tuple[str, str], Evaluation]()
     for part in PARTS:
         for network, model in models.items():
-            evaluation = _segment_and_evaluate(model, cohort / part, folder / "masks" / network / part, progress)
+            evaluation = _segment_and_evaluate(model, exams / part, folder / "masks" / network / part, progress)
             evaluations[network, part] = evaluation
             rows.append(_row(network, part, evaluation, folder / network))
     write_atomically(folder / "demo.json", (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
@@ -148,10 +148,10 @@ def _train_tokenseg(dataset: Path, run: Path, size: DemoSize, progress: Progress
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """The cohort is the first thing that a demo writes; other files without one are the user's."""
+    """The exams are the first thing that a demo writes; other files without them are the user's."""
     check_writable(folder, folder)
-    if folder.is_dir() and not (folder / "cohort" / COHORT_NAME).exists():
-        foreign = sorted({path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"cohort"})
+    if folder.is_dir() and not (folder / EXAMS_NAME / MARKER_NAME).exists():
+        foreign = sorted({path.name for path in folder.iterdir() if not path.name.startswith(".")} - {EXAMS_NAME})
         if foreign:
             raise ConfigError(
                 f"{folder} holds files that are not of a demo: {first_few(foreign)}; name a new or empty folder"
@@ -252,7 +252,7 @@ def _write_report(
     sections = [Section("comparison", "Comparison", _comparison(rows))]
     tokens: list[TokenReport] = []
     for part, name in PARTS.items():
-        evaluation, dataset = evaluations[TOKENSEG, part], open_dataset(folder / "cohort" / part)
+        evaluation, dataset = evaluations[TOKENSEG, part], open_dataset(folder / EXAMS_NAME / part)
         found = tokens_of_selected(model, evaluation, dataset)
         boxes = {each.case_id: token_boxes(each.tokens) for each in found}
         views = evaluation_views(evaluation, dataset, boxes)
