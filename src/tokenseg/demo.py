@@ -1,4 +1,4 @@
-"""`tokenseg demo`: the whole way on synthetic breast exams, beside a dense network that is given the same time.
+"""The demo: the whole way on synthetic breast exams, beside a dense network that is given the same time.
 
 OUT/
   cohort/{train,test,external}   synthetic exams: to learn from, held out, and of another centre

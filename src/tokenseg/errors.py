@@ -1,4 +1,4 @@
-"""What can go wrong that a user can mend.
+"""Errors that a user can mend.
 
 Every message says what was given, what is allowed and what to do. The command line turns a `TokenSegError`
 into one line on stderr and exit code 2; anything else that escapes is a bug of ours.

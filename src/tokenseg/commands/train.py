@@ -1,4 +1,4 @@
-"""`tokenseg train`."""
+"""The command `tokenseg train`: a dataset folder in, a run folder out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a mask is: overlap, surface distance, volume and lesions, in millimetres and millilitres.
+"""Metrics of a mask: overlap, surface distance, volume and lesions, in millimetres and millilitres.
 
 Every function takes boolean masks (X, Y, Z) and `spacing_mm`, the voxel size along each axis; masks are True inside.
 

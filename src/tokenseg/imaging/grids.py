@@ -1,4 +1,4 @@
-"""How two grids relate: the same, the same but for rounding, other voxels of the same space, or somewhere else."""
+"""Relations of two grids: the same, the same but for rounding, other voxels of the same space, or somewhere else."""
 
 from __future__ import annotations
 

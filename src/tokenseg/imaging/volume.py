@@ -1,4 +1,4 @@
-"""The one door to image files: scans, masks and their grids, read strictly and written exactly."""
+"""Scans, masks and their grids, read strictly from image files and written exactly: the interface for all others."""
 
 from __future__ import annotations
 

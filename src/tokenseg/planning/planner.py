@@ -1,4 +1,4 @@
-"""From a dataset's fingerprint to a plan, by rules that a person can read; each is recorded with its numbers."""
+"""The plan that follows from a dataset's fingerprint, by rules that a person can read, each kept with its numbers."""
 
 from __future__ import annotations
 

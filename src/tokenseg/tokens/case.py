@@ -1,4 +1,4 @@
-"""Segment one scan and keep what the tokenizer did in each pass of the network, in places of the scan itself.
+"""The tokens of each pass of the network over one scan, in places of the scan itself; and what was segmented.
 
 The scan is segmented as `tokenseg segment` does it, in one pass or in sliding windows; each pass has its own
 candidates and keeps its own K. Everything is told in voxels of the scan turned to RAS+ axes at its own spacing.

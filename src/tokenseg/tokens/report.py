@@ -1,4 +1,4 @@
-"""What the tokenizer did with one case: which of its candidate tokens were kept, how near to a boundary, and why.
+"""The report on the tokens of one case: which candidates were kept, how near to a boundary, and why.
 
 `tokens_of_case` reads, runs and sums up; the result is printed (`describe_tokens`), written (`write_json`) or drawn
 (`tokenseg.tokens.picture`).

@@ -1,4 +1,4 @@
-"""`tokenseg train`: from a dataset folder to a run folder with a model and its validation.
+"""The work of `tokenseg train`: from a dataset folder to a run folder with a model and its validation.
 
 RUN/
   config.toml        plan, network and training settings; edit and pass back with --config

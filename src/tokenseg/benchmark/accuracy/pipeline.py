@@ -1,4 +1,4 @@
-"""What all networks of a benchmark share: dataset, plan, prepared cases, and how one of them is trained."""
+"""The part that all networks of a benchmark share: dataset, plan, prepared cases, and the training of one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tokenseg benchmark accuracy`: several networks through one pipeline, under the same budget.
+"""The work of `tokenseg benchmark accuracy`: several networks through one pipeline, under the same budget.
 
 OUT/
   benchmark.json, config.toml   what all networks share; they differ in network and learning rate alone

@@ -1,4 +1,4 @@
-"""From slices to a grid: order and affine of DICOM slices from their positions, and every reason why there is none.
+"""The grid of DICOM slices: order and affine from their positions, and every reason why there is none.
 
 InstanceNumber counts in whatever direction the scanner liked; only ImagePositionPatient, projected on the normal of the
 slices, says where a slice is.
