@@ -78,7 +78,7 @@ def spread_of_difference(terms: Sequence[Float[np.ndarray, "X Y Z"]]) -> Spread:
     return Spread(min(least for least, _ in ends), max(most for _, most in ends), float(low), float(high))
 
 
-def _sample(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*fewer"]:
+def _sample(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape2"]:
     """Every so many of the voxels along each axis: a view, whatever the order in memory."""
     step = max(1, round((values.size / _SAMPLES) ** (1 / values.ndim)))
     return values[(slice(None, None, step),) * values.ndim]

@@ -25,7 +25,7 @@ from tokenseg.imaging.orientation import orientation
 _SAMPLES_A_CASE = 10_000
 _LOOKED_AT = 3
 
-_Values: TypeAlias = Float[np.ndarray, "C N"]
+_Values: TypeAlias = Float[np.ndarray, "C n"]
 
 
 class Intensities(Settings):

@@ -45,7 +45,7 @@ _FOCUS_MM = 1.4
 _FOCUS_UPTAKE = 3.0
 
 _Nipples: TypeAlias = dict[Literal["left", "right"], Triple]
-Voxels: TypeAlias = Float[np.ndarray, " voxels"]
+Voxels: TypeAlias = Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 TissueName: TypeAlias = Literal["fat", "gland", "muscle", "heart", "liver", "blood", "skin", "bone", "lesion"]
-Curve: TypeAlias = Float[np.ndarray, " times"]
+Curve: TypeAlias = Float[np.ndarray, " n"]
 
 HAEMATOCRIT = 0.42
 RELAXIVITY_PER_MM_S: dict[float, float] = {1.5: 4.1, 3.0: 3.7}

@@ -170,7 +170,7 @@ def _find_passes(image: PaddedRows, plan: Plan) -> list[_Pass]:
     return passes
 
 
-def _edges(first: int, firsts: Sequence[int], length: int, count: int) -> Float[np.ndarray, " E"]:
+def _edges(first: int, firsts: Sequence[int], length: int, count: int) -> Float[np.ndarray, " n"]:
     """Ends of the even shares of a window along an axis, trimmed half-way to where its neighbours begin or end."""
     place = firsts.index(first)
     low = first if place == 0 else (firsts[place - 1] + length + first) / 2

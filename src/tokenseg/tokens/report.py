@@ -305,7 +305,7 @@ def _near_lines(summary: TokenSummary) -> list[str]:
     return lines
 
 
-def _mean(values: Float[np.ndarray, " M"]) -> float:
+def _mean(values: Float[np.ndarray, " n"]) -> float:
     return float(values.mean(dtype=np.float64)) if values.size else float("nan")
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from tokenseg.errors import GeometryError
 from tokenseg.shapes import LPS_TO_RAS, Affine, times
 
-Vector: TypeAlias = Float[np.ndarray, "3"]
+Vector: TypeAlias = Float[np.ndarray, " 3"]
 
 DIRECTION_TOLERANCE = 1e-4
 SPACING_TOLERANCE_MM = 1e-3
@@ -138,7 +138,7 @@ def _distinct(spacings: Sequence[tuple[float, float]]) -> set[str]:
     return {times(each) for each in (first, *other)}
 
 
-def _check_distances(heights: Float[np.ndarray, " N"]) -> None:
+def _check_distances(heights: Float[np.ndarray, " n"]) -> None:
     steps = np.diff(heights)
     if len(steps) == 0:
         return
@@ -176,7 +176,7 @@ def _check_tilt(step: Vector, normal: Vector) -> None:
         )
 
 
-def _check_line(positions: Float[np.ndarray, "N 3"], step: Vector) -> None:
+def _check_line(positions: Float[np.ndarray, "n 3"], step: Vector) -> None:
     """Each slice where an even grid has it; small steps of one kind may add up, and one slice may lie aside."""
     away = np.linalg.norm(positions - (positions[0] + np.arange(len(positions))[:, None] * step), axis=1)
     allowed = max(LINE_TOLERANCE_MM, LINE_TOLERANCE * float(np.linalg.norm(step)))
