@@ -86,7 +86,15 @@ class ModelFacts(Settings):
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network, ready to segment."""
+    """A trained network, ready to segment.
+
+    >>> from tokenseg import load_model
+    >>> model = load_model("hippocampus")
+    >>> model.facts.plan.source_channels, [label.name for label in model.facts.plan.labels]
+    (('MRI',), ['Anterior', 'Posterior'])
+    >>> model.facts.plan.spacing_mm
+    (1.0, 1.0, 1.0)
+    """
 
     network: nn.Module
     """In evaluation mode on `device`; returns a `TokenSegOutput`."""
@@ -137,9 +145,16 @@ def save_model(folder: Path, network: nn.Module, facts: ModelFacts, *, half: boo
 def load_model(path: Path | str, device: torch.device | str = "cpu", make_network: MakeNetwork = TokenSeg) -> Model:
     """Load a model folder, the model of a run folder, or a built-in model; in single precision, however stored.
 
+    Nothing is downloaded, and no code is run from the folder. The random state is left as it is.
+
+    >>> from tokenseg import load_model
+    >>> model = load_model("hippocampus")
+    >>> model.facts.name, model.network.training
+    ('hippocampus', False)
+
     Args:
         path: The folder, or the name of a built-in model.
-        device: Where the model is to compute.
+        device: Where the model is to compute; for one that torch does not have, the error is torch's.
         make_network: What the weights are for; a peer that was trained in the same pipeline brings its own.
 
     Raises:
