@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,25 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
     assert missing == []
+
+
+def test_the_architecture_page_names_every_wing_in_the_order_of_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "tokenseg"
+    named = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    inner = {path.parent.name for path in package.glob("*/*/__init__.py")}
+    assert {name for name in inner if f"`{name}`" not in page} == set()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (each["layers"] for each in settings["contracts"] if each["name"] == "Imports only go down")
+    order = [name.split(".")[1] for layer in layers for name in layer.split(" | ")]
+    assert named == [name for name in order if name in named]
+
+
+def test_the_architecture_page_names_each_file_by_its_path() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[([\w/]+\.py)\]\(([^)]+)\)", page)
+    assert len(links) > 50
+    assert [name for name, target in links if target != f"../src/tokenseg/{name}"] == []
+    words = re.findall(r"^\| ([\w, ]+) \|", page.split("## Words")[1].split("## Where")[0], flags=re.MULTILINE)
+    assert len(words) == len(set(words))
