@@ -191,10 +191,10 @@ def test_pages_name_only_commands_and_options_that_exist(page: Path, capsys: pyt
     named = set(re.findall(r"`tokenseg ([a-z]+)", page.read_text(encoding="utf-8")))
     assert named <= set(COMMANDS)
     for command in commands(page.name):
-        verb, *words = shlex.split(command, comments=True)[1:]
-        if verb in COMMANDS:
+        name, *words = shlex.split(command, comments=True)[1:]
+        if name in COMMANDS:
             with pytest.raises(SystemExit):
-                main([verb, "--help"])
+                main([name, "--help"])
             told = capsys.readouterr().out
             assert all(word in told for word in words if word.startswith("--")), command
 

@@ -38,8 +38,8 @@ def test_first_command_stands_early() -> None:
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verbs = [command[0] for command in commands()]
-    assert verbs == ["check", "train", "segment", "evaluate", "tokens", "segment"]
+    names = [command[0] for command in commands()]
+    assert names == ["check", "train", "segment", "evaluate", "tokens", "segment"]
     write_msd(tmp_path / "DATASET", 5)
     shutil.copytree(tmp_path / "DATASET" / "imagesTr", tmp_path / "SCANS")
     monkeypatch.chdir(tmp_path)

@@ -198,8 +198,8 @@ def _write_part(folder: Path, name: PartName, count: int, options: SyntheticOpti
             num_made += 1
         records.append(_read_record(paths.record))
         progress.advance(f"{name}/{exam_id}")
-    facts = {"notice": NOTICE, "seed": seed, "version": VERSION}
-    write_atomically(root / LESIONS_NAME, _json(facts | _kind(options) | {"exams": records}))
+    head = {"notice": NOTICE, "seed": seed, "version": VERSION}
+    write_atomically(root / LESIONS_NAME, _json(head | _kind(options) | {"exams": records}))
     write_atomically(root / README_NAME, _readme(seed).encode())
     num_lesions = [len(record["lesions"]) for record in records]
     return WrittenPart(

@@ -196,15 +196,15 @@ def _try_rate(benchmark: _Benchmark, network: str, rate: float) -> Row:
     steps = options.budget.num_choosing_steps(benchmark.calibration.step_seconds.get(network))
     training = Training(network, options.choosing_fold, _CHOOSING_SEED, steps, rate)
     benchmark.progress.message(f"{network}: trying learning rate {rate:g} for {steps} steps")
-    facts = {"steps": str(steps), "learning_rate": f"{rate:g}", "dice": "", "chosen": "", "error": ""}
+    found = {"steps": str(steps), "learning_rate": f"{rate:g}", "dice": "", "chosen": "", "error": ""}
     try:
         run = _choosing_run(benchmark, network, rate)
         trained = train_network(benchmark.pipeline, training, run, benchmark.progress)
         dice = mean_interval(case_means(_scores(trained.result.evaluation, _CHOOSING_SEED))).mean
-        facts["dice"] = "" if math.isnan(dice) else f"{dice:.6f}"
+        found["dice"] = "" if math.isnan(dice) else f"{dice:.6f}"
     except FAULTS as error:
-        facts["error"] = network_fault(error)
-    return _shared(benchmark, network, options.choosing_fold, _CHOOSING_SEED) | facts
+        found["error"] = network_fault(error)
+    return _shared(benchmark, network, options.choosing_fold, _CHOOSING_SEED) | found
 
 
 def _choosing_run(benchmark: _Benchmark, network: str, rate: float) -> Path:
