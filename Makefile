@@ -3,9 +3,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-# Of `make test`, the longest first, so that two at a time end together.
-PARTS := test-even test-odd test-forking test-engine test-pack
-.PHONY: help setup demo test $(PARTS) long lint types contracts wheel
+.PHONY: help setup demo test test-odd test-even long lint types contracts wheel
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
@@ -22,32 +20,23 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about ten minutes
 	$(BIN)/tokenseg demo runs/demo
 
-# In one process with all others, the second of these ends in a segmentation fault where its last test starts a child
-# process, each time; the two alone together do not. Why is not known yet.
-APART := tests/test_engine.py tests/test_pack_builtin.py
-# These fork, which is safe only where no other test has started threads.
+# These fork, which is safe only where no other test has started threads: they come first.
 FORKING := tests/test_faults.py tests/test_fuzz.py tests/test_hostile.py
-REST := $(filter-out $(APART) $(FORKING),$(sort $(wildcard tests/test_*.py)))
-# Two processes with a thread each take half the time of one with two.
-COVERED := OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -m "not long"
+REST := $(filter-out $(FORKING),$(sort $(wildcard tests/test_*.py)))
+# Two processes with a thread each take half the time of one with two. Neighbours in the list are alike, so every other
+# file is about half of the work.
+COVERED := OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest --quiet --no-header -m "not long"
 
 test: $(READY)  ## Run the tests, two processes at a time, with branch coverage and its floor
 	$(BIN)/python -m coverage erase
-	$(MAKE) --jobs 2 --keep-going $(PARTS)
+	$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync test-odd test-even
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-# Neighbours in the list are alike, so every other file is about half of the work.
 test-odd:
-	$(COVERED) $(shell printf '%s\n' $(REST) | awk 'NR % 2')
+	@$(COVERED) $(FORKING) $(shell printf '%s\n' $(REST) | awk 'NR % 2')
 test-even:
-	$(COVERED) $(shell printf '%s\n' $(REST) | awk 'NR % 2 == 0')
-test-forking:
-	$(COVERED) $(FORKING)
-test-engine:
-	$(COVERED) tests/test_engine.py
-test-pack:
-	$(COVERED) tests/test_pack_builtin.py
+	@$(COVERED) $(shell printf '%s\n' $(REST) | awk 'NR % 2 == 0')
 
 long: $(READY)  ## Run the tests that take minutes: thousands of damaged files, killed commands, a cluster, the quickstart
 	$(BIN)/python -m pytest -m long $(FORKING)

@@ -1,6 +1,6 @@
 """The tables of README and docs, made from the rows beside this file.
 
-Usage: python benchmarks/tables.py [README.md benchmarks/README.md docs/synthetic-cohort.md docs/hippocampus.md
+Usage: python benchmarks/tables.py [README.md benchmarks/README.md docs/synthetic.md docs/hippocampus.md
                                    docs/memory.md]
 
 With files it replaces the text between their table markers.
@@ -202,7 +202,7 @@ def earlier_table() -> str:
 
 
 def demo_table() -> str:
-    """Newest row of each network on each part of the synthetic cohort."""
+    """Newest row of each network on each part of the synthetic exams."""
     newest = {(row["exams"], row["network"]): row for row in rows_of("demo.csv")}
     lines = [
         "| synthetic exams | network | training | Dice (95 % interval) | missed | lesion F1 | false positives |",
@@ -222,7 +222,7 @@ def demo_table() -> str:
 
 
 def threshold_table() -> str:
-    """How hard the synthetic cohort is for a threshold."""
+    """How hard the synthetic exams are for a threshold."""
     lines = ["| part | stored intensities | z-scored over all phases, as for the network |", "|---|---|---|"]
     for row in rows_of("threshold.csv"):
         stored, zscored = (f"{float(row[name]):.2f}" for name in ("dice_stored", "dice_zscored"))

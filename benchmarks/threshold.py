@@ -1,6 +1,6 @@
-"""How far the best fixed threshold on the subtraction image gets on a synthetic cohort, written to threshold.csv.
+"""How far the best fixed threshold on the subtraction image gets on synthetic exams, written to threshold.csv.
 
-Usage: python benchmarks/threshold.py COHORT   (from `tokenseg cohort COHORT`)
+Usage: python benchmarks/threshold.py EXAMS   (from `tokenseg synthetic EXAMS`)
 
 Of all thresholds the one with the highest mean Dice over the exams with a lesion is taken, references in hand.
 """
@@ -24,14 +24,14 @@ NUM_THRESHOLDS = 300
 def main() -> None:
     """Measure every part, write the rows anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cohort", type=Path)
+    parser.add_argument("exams", type=Path)
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("threshold.csv"))
     arguments = parser.parse_args()
     with arguments.csv.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for part in PARTS:
-            exams = subtractions(arguments.cohort / part)
+            exams = subtractions(arguments.exams / part)
             stored = best_dice([(image, mask) for image, _, mask in exams])
             zscored = best_dice([(image / deviation, mask) for image, deviation, mask in exams])
             writer.writerow((part, len(exams), f"{stored:.3f}", f"{zscored:.3f}"))

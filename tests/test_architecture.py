@@ -33,6 +33,13 @@ GROUND = {
 DOORS = {"__init__", "__main__", "cli", "demo"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.save", "torch.load", "torch.hub"}
+NO_NOUNS = {
+    *("what", "whether", "how", "which", "where", "when", "why", "who"),
+    *("from", "to", "in", "on", "by", "for", "of", "with", "behind", "beyond"),
+    *("finding", "opening", "reading", "writing", "loading", "making", "drawing", "checking", "measuring", "taking"),
+    *("find", "open", "read", "write", "load", "make", "draw", "check", "measure", "take", "segment"),
+}
+"""Words with which the first sentence of a module does not say what the module is."""
 
 
 def imported_modules(tree: ast.AST) -> dict[str, str]:
@@ -106,6 +113,14 @@ def test_the_pickle_check_finds_what_it_should(source: str, fault: str):
 @pytest.mark.parametrize("path", SOURCES, ids=SOURCE_IDS)
 def test_modules_are_small(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=SOURCE_IDS)
+def test_a_module_says_first_what_it_is(path: Path):
+    """`Scores of masks`, not `How good masks are`; `The command ...`, not a bare name in backticks."""
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "what").split()[0]
+    assert not first.startswith("`")
+    assert first.strip(",:;.").lower() not in NO_NOUNS
 
 
 def test_modules_lie_in_wings():

@@ -466,7 +466,7 @@ def test_a_scan_that_cannot_be_segmented_gets_no_report(refused, model, tmp_path
     assert sorted(tmp_path.iterdir()) == [scan]
 
 
-@pytest.mark.parametrize("command", ["cohort", "demo", "train"])
+@pytest.mark.parametrize("command", ["synthetic", "demo", "train"])
 def test_a_file_where_a_folder_is_to_be_made(refused, tmp_path, command):
     pytest.importorskip("monai")
     file = tmp_path / "file"
@@ -486,11 +486,11 @@ def test_a_demo_in_a_folder_of_the_users(refused, tmp_path):
     assert list((tmp_path / "tokenseg").iterdir()) == []
 
 
-def test_a_demo_in_a_folder_with_another_cohort(refused, tmp_path):
+def test_a_demo_in_a_folder_with_exams_of_another_seed(refused, tmp_path):
     pytest.importorskip("monai")
     (tmp_path / "cohort").mkdir()
     (tmp_path / "cohort" / "cohort.json").write_text('{"seed": 5, "version": 1}')
-    assert "holds a cohort of seed 5, asked for is seed 0; name another folder" in refused("demo", tmp_path)
+    assert "holds exams of seed 5, asked for is seed 0; name another folder" in refused("demo", tmp_path)
     assert len(contents(tmp_path)) == 1
 
 
@@ -502,8 +502,8 @@ def test_a_demo_in_a_folder_with_another_cohort(refused, tmp_path):
         (["--seed", "-1"], "--seed -1: must be at least 0"),
     ],
 )
-def test_cohorts_that_cannot_be(refused, tmp_path, options, said):
-    assert refused("cohort", tmp_path / "out", *options).startswith(said)
+def test_synthetic_exams_that_cannot_be(refused, tmp_path, options, said):
+    assert refused("synthetic", tmp_path / "out", *options).startswith(said)
     assert not (tmp_path / "out").exists()
 
 
@@ -585,7 +585,7 @@ def test_completion(capsys, shell):
         main(["--tyro-print-completion", shell])
     assert ended.value.code in (0, None)
     printed = capsys.readouterr()
-    assert "cohort" in printed.out
+    assert "synthetic" in printed.out
     assert printed.err == ""
 
 

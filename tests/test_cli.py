@@ -17,7 +17,7 @@ import tokenseg.saved_model.checkpoint
 import tokenseg.synthetic.datasets
 from phantoms import phantom, write_msd, write_nifti
 from plans import make_plan
-from tokenseg.cli import main
+from tokenseg.cli import COMMANDS, main
 from tokenseg.commands.terminal import Terminal
 from tokenseg.imaging.volume import read_mask
 from tokenseg.segmentation.privacy import shown_name
@@ -249,12 +249,27 @@ def test_the_script_and_the_module_are_the_same_program(tmp_path):
         assert "Unrecognized options: nothing" in wrong.stderr
 
 
-def test_cohort_tells_what_it_made(tmp_path, capsys):
-    assert main(["cohort", str(tmp_path), "--train", "0", "--test", "1", "--external", "0"]) == 0
+def test_synthetic_tells_what_it_made(tmp_path, capsys):
+    assert main(["synthetic", str(tmp_path), "--train", "0", "--test", "1", "--external", "0"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"test: 1 exams in {tmp_path / 'test'}",
         "All exams are synthetic: figures from them say nothing about patients.",
     ]
+
+
+def test_the_earlier_name_of_synthetic_works_and_says_so(tmp_path, capsys):
+    options = ["--train", "0", "--test", "1", "--external", "0"]
+    printed, written = {}, {}
+    for name in ("synthetic", "cohort"):
+        assert main([name, str(tmp_path / name), *options]) == 0
+        printed[name] = capsys.readouterr()
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        written[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in files}
+    note = "note: `tokenseg cohort` is now called `tokenseg synthetic`\n"
+    assert written["cohort"] == written["synthetic"]
+    assert printed["cohort"].err == note + printed["synthetic"].err
+    assert printed["cohort"].out == printed["synthetic"].out.replace("synthetic/", "cohort/")
+    assert "cohort" not in COMMANDS
 
 
 # ---- wrong requests
@@ -351,19 +366,19 @@ def test_training_needs_its_extra(dataset, tmp_path, capsys, monkeypatch):
     [
         ("segment", "interrupted; files written so far are complete"),
         ("train", "interrupted; go on with the same command and --resume"),
-        ("cohort", "interrupted; go on with the same command"),
+        ("synthetic", "interrupted; go on with the same command"),
     ],
 )
 def test_interrupts_end_with_130_and_a_hint(dataset, model, tmp_path, capsys, monkeypatch, command, hint):
-    import tokenseg.training.train
+    import tokenseg.training.setup
 
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tokenseg.inference.predict, "choose_route", interrupt)
-    monkeypatch.setattr(tokenseg.training.train, "open_dataset", interrupt)
+    monkeypatch.setattr(tokenseg.training.setup, "open_dataset", interrupt)
     monkeypatch.setattr(tokenseg.synthetic.datasets, "make_exam", interrupt)
-    if command == "cohort":
+    if command == "synthetic":
         assert main([command, str(tmp_path / "out")]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == hint
         return

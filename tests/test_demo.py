@@ -15,14 +15,14 @@ import pytest
 
 import tokenseg.demo
 from tokenseg.cli import main
-from tokenseg.config import CohortOptions
+from tokenseg.config import SyntheticOptions
 from tokenseg.demo import NAMES, PARTS, DemoResult, DemoSize, demo
 from tokenseg.errors import TrainingError
 from tokenseg.training.csv_log import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")
 
-TINY = DemoSize(cohort=CohortOptions(train=5, test=2, external=2), preset="tiny", steps=3)
+TINY = DemoSize(exams=SyntheticOptions(train=5, test=2, external=2), preset="tiny", steps=3)
 
 
 @pytest.fixture(scope="module")

@@ -211,8 +211,8 @@ def slowly(run, network, facts):
     time.sleep(1)
     save_model(run, network, facts)
 
-import tokenseg.training.train
-save_model, tokenseg.training.train.save_model = tokenseg.training.train.save_model, slowly
+import tokenseg.training.validate
+save_model, tokenseg.training.validate.save_model = tokenseg.training.validate.save_model, slowly
 breaks_down.calls = 0
 loop.training_loss = breaks_down
 sys.exit(main(sys.argv[1:]))

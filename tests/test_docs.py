@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_the_quickstart_works_from_top_to_bottom(tmp_path: Path, monkeypatch: py
     assert "complete" in (tmp_path / "tokenseg-completion.bash").read_text()
     for command in rest:
         run(command, {"2": "0.02"} if "train" in command.split() else {})
-    assert [command.split()[1] for command in rest] == ["demo", "cohort", "train", "segment", "evaluate", "tokens"]
+    assert [command.split()[1] for command in rest] == ["demo", "synthetic", "train", "segment", "evaluate", "tokens"]
     pages = ["tokenseg-demo/report.html", "run/report.html", "masks.html", "scores.html", "tokens.png"]
     assert all((tmp_path / page).stat().st_size > 10_000 for page in pages)
     # Where a figure comes from synthetic exams, its page says so.
@@ -190,10 +191,10 @@ def test_pages_name_only_commands_and_options_that_exist(page: Path, capsys: pyt
     named = set(re.findall(r"`tokenseg ([a-z]+)", page.read_text(encoding="utf-8")))
     assert named <= set(COMMANDS)
     for command in commands(page.name):
-        verb, *words = shlex.split(command, comments=True)[1:]
-        if verb in COMMANDS:
+        name, *words = shlex.split(command, comments=True)[1:]
+        if name in COMMANDS:
             with pytest.raises(SystemExit):
-                main([verb, "--help"])
+                main([name, "--help"])
             told = capsys.readouterr().out
             assert all(word in told for word in words if word.startswith("--")), command
 
@@ -203,3 +204,25 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
     assert missing == []
+
+
+def test_the_architecture_page_names_every_wing_in_the_order_of_imports() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "tokenseg"
+    named = re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.parent.name for path in package.glob("*/__init__.py"))
+    inner = {path.parent.name for path in package.glob("*/*/__init__.py")}
+    assert {name for name in inner if f"`{name}`" not in page} == set()
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    (layers,) = (each["layers"] for each in settings["contracts"] if each["name"] == "Imports only go down")
+    order = [name.split(".")[1] for layer in layers for name in layer.split(" | ")]
+    assert named == [name for name in order if name in named]
+
+
+def test_the_architecture_page_names_each_file_by_its_path() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[([\w/]+\.py)\]\(([^)]+)\)", page)
+    assert len(links) > 50
+    assert [name for name, target in links if target != f"../src/tokenseg/{name}"] == []
+    words = re.findall(r"^\| ([\w, ]+) \|", page.split("## Words")[1].split("## Where")[0], flags=re.MULTILINE)
+    assert len(words) == len(set(words))

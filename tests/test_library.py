@@ -32,7 +32,7 @@ FLAGS = {
     ("evaluate",): {"--help", "--json", "--csv", "--report", "--tolerance-mm"},
     ("tokens",): {"--help", "--model", "--reference", "--json", "--picture"},
     ("info",): {"--help"},
-    ("cohort",): {"--help", "--train", "--test", "--external", "--seed", "--whole"},
+    ("synthetic",): {"--help", "--train", "--test", "--external", "--seed", "--whole"},
     ("benchmark",): {"--help"},
     ("benchmark", "speed"): {
         *("--help", "--networks", "--sizes", "--precisions", "--engines", "--training", "--end-to-end", "--device"),
@@ -52,7 +52,7 @@ POSITIONALS = {
     "evaluate": ["PREDICTIONS", "REFERENCES"],
     "tokens": ["CASE"],
     "info": ["MODEL"],
-    "cohort": ["OUT"],
+    "synthetic": ["OUT"],
     "benchmark": [],
 }
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from plans import make_plan
 from tokenseg.config import PRESETS, Plan, TrainConfig
 from tokenseg.errors import TrainingError
-from tokenseg.model.network import TokenSeg
+from tokenseg.model.network import TokenSeg, TokenSegOutput
 from tokenseg.progress import Silent
+from tokenseg.saved_model.run_folder import RunFolder
 from tokenseg.training import loop
 from tokenseg.training.augment import Window
 from tokenseg.training.batches import Batch, TrainingBatches
@@ -49,8 +49,8 @@ class Told(Silent):
 class Answer(nn.Module):
     """Gives its input as logits: what the image says is what is predicted."""
 
-    def forward(self, images: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=images)
+    def forward(self, images: Tensor) -> TokenSegOutput:
+        return TokenSegOutput(images, (), None)
 
 
 def ball(case_id: str = "ball", seed: int = 0) -> PreparedCase:
@@ -75,7 +75,7 @@ def run_of(folder: Path, cases: tuple[PreparedCase, ...] = (), **changes: object
         config=TrainConfig(),
         batches=TrainingBatches(cases, PLAN, 0.5, unchanged, (0, 0)),
         validation=cases,
-        folder=folder,
+        run=RunFolder(folder),
         progress=Told(),
         save_weights=lambda _: None,
     )

@@ -38,8 +38,8 @@ def test_first_command_stands_early() -> None:
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verbs = [command[0] for command in commands()]
-    assert verbs == ["check", "train", "segment", "evaluate", "tokens", "segment"]
+    names = [command[0] for command in commands()]
+    assert names == ["check", "train", "segment", "evaluate", "tokens", "segment"]
     write_msd(tmp_path / "DATASET", 5)
     shutil.copytree(tmp_path / "DATASET" / "imagesTr", tmp_path / "SCANS")
     monkeypatch.chdir(tmp_path)
@@ -61,8 +61,8 @@ def _tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_tables_come_from_the_rows(tables: ModuleType) -> None:
     assert tables.fill(README) == README
-    cohort = (ROOT / "docs" / "synthetic-cohort.md").read_text(encoding="utf-8")
-    assert tables.fill(cohort) == cohort
+    synthetic = (ROOT / "docs" / "synthetic.md").read_text(encoding="utf-8")
+    assert tables.fill(synthetic) == synthetic
     memory = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert tables.fill(memory) == memory
     assert all(float(row["peak_gb"]) < float(row["limit"].removesuffix("GB")) for row in tables.rows_of("memory.csv"))
@@ -83,7 +83,7 @@ def test_tables_come_from_the_rows(tables: ModuleType) -> None:
     builtin = (ROOT / "docs" / "hippocampus.md").read_text(encoding="utf-8")
     assert tables.fill(builtin) == builtin
     assert tables.hippocampus_table() in builtin
-    assert tables.threshold_table() in cohort
+    assert tables.threshold_table() in synthetic
     assert tables.speed_table("fp32") in README
     assert tables.accuracy_table("accuracy_fp32") in README
     assert tables.demo_table() in README

@@ -1,4 +1,4 @@
-"""A cohort on disk: read like real exams, the same from the same seed, never over a user's files."""
+"""Synthetic exams on disk: read like real exams, the same from the same seed, never over a user's files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tokenseg.config import CohortOptions
+from tokenseg.config import SyntheticOptions
 from tokenseg.datasets.layouts import load_case, open_dataset
 from tokenseg.errors import ConfigError, DataError, FileError
 from tokenseg.synthetic import scanner
-from tokenseg.synthetic.datasets import NOTICE, count_lesions, write_cohort
+from tokenseg.synthetic.datasets import NOTICE, count_lesions, write_datasets
 from tokenseg.synthetic.grid import ScanGrid
 
-SMALL = CohortOptions(train=2, test=1, external=1, seed=3)
+SMALL = SyntheticOptions(train=2, test=1, external=1, seed=3)
 
 
 class Recorder:
@@ -38,8 +38,8 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder, recorder = tmp_path_factory.mktemp("cohorts") / "cohort", Recorder()
-    return write_cohort(folder, SMALL, recorder), recorder
+    folder, recorder = tmp_path_factory.mktemp("synthetic") / "exams", Recorder()
+    return write_datasets(folder, SMALL, recorder), recorder
 
 
 @pytest.fixture
@@ -110,28 +110,28 @@ def test_readmes_say_that_it_is_synthetic(made, place):
     assert "not for any clinical conclusion" in text
 
 
-def test_a_finished_cohort_is_left_as_it_is(made, copy):
+def test_a_finished_folder_is_left_as_it_is(made, copy):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.nii.gz")}
-    facts = write_cohort(copy, SMALL)
+    facts = write_datasets(copy, SMALL)
     assert [part.num_made for part in facts.parts] == [0, 0, 0]
     assert [part.num_lesions for part in facts.parts] == [part.num_lesions for part in made[0].parts]
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.nii.gz")} == before
     assert contents(copy) == contents(made[0].folder)
 
 
-def test_an_interrupted_cohort_goes_on_to_the_same_files(made, copy):
+def test_an_interrupted_call_goes_on_to_the_same_files(made, copy):
     (copy / "train" / "lesions.json").unlink()
     (copy / "train" / "patient_info_files" / "SYN_001.json").unlink()
     (copy / "train" / "images" / "SYN_001" / "SYN_001_0002.nii.gz").unlink()
     (copy / "test" / "images" / "TST_000" / ".partial-0000-TST_000_0000.nii.gz").write_bytes(b"half")
-    facts = write_cohort(copy, SMALL)
+    facts = write_datasets(copy, SMALL)
     assert [part.num_made for part in facts.parts] == [1, 0, 0]
     assert contents(copy) == contents(made[0].folder)
 
 
-def test_a_larger_cohort_shares_its_exams_with_a_smaller_one(copy):
+def test_a_larger_part_begins_with_a_smaller_one(copy):
     smaller = contents(copy)
-    facts = write_cohort(copy, CohortOptions(train=3, test=1, external=1, seed=3))
+    facts = write_datasets(copy, SyntheticOptions(train=3, test=1, external=1, seed=3))
     assert [part.num_made for part in facts.parts] == [1, 0, 0]
     images = {name for name in smaller if name.endswith(".nii.gz")}
     larger = contents(copy)
@@ -140,7 +140,7 @@ def test_a_larger_cohort_shares_its_exams_with_a_smaller_one(copy):
 
 
 def test_parts_with_no_exam_are_left_out(tmp_path):
-    facts = write_cohort(tmp_path / "new" / "folder", CohortOptions(train=0, test=0, external=1, seed=3))
+    facts = write_datasets(tmp_path / "new" / "folder", SyntheticOptions(train=0, test=0, external=1, seed=3))
     assert [part.name for part in facts.parts] == ["external"]
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
         "README.txt",
@@ -152,48 +152,48 @@ def test_parts_with_no_exam_are_left_out(tmp_path):
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.nii.gz").write_bytes(b"precious")
-    with pytest.raises(FileError, match=r"files that are no part of this cohort: images/mine.nii.gz; name an empty"):
-        write_cohort(tmp_path, SMALL)
+    with pytest.raises(FileError, match=r"files that are not of these exams: images/mine.nii.gz; name an empty"):
+        write_datasets(tmp_path, SMALL)
     assert contents(tmp_path) == {"images/mine.nii.gz": b"precious"}
 
 
-def test_files_added_to_a_cohort_are_refused(copy):
+def test_files_added_by_others_are_refused(copy):
     for number in range(7):
         (copy / "train" / f"note{number}.txt").write_text("mine")
     with pytest.raises(FileError, match=r"train/note0.txt, .*train/note4.txt and 2 more; name an empty folder"):
-        write_cohort(copy, SMALL)
+        write_datasets(copy, SMALL)
 
 
 def test_fewer_exams_than_there_are_is_refused(copy):
     with pytest.raises(FileError, match=r"train/images/SYN_001/SYN_001_0000.nii.gz.* at least as many exams as it has"):
-        write_cohort(copy, CohortOptions(train=1, test=1, external=1, seed=3))
+        write_datasets(copy, SyntheticOptions(train=1, test=1, external=1, seed=3))
 
 
 def test_another_seed_is_refused(copy):
-    with pytest.raises(ConfigError, match="holds a cohort of seed 3, asked for is seed 4; name another folder"):
-        write_cohort(copy, CohortOptions(train=2, test=1, external=1, seed=4))
+    with pytest.raises(ConfigError, match="holds exams of seed 3, asked for is seed 4; name another folder"):
+        write_datasets(copy, SyntheticOptions(train=2, test=1, external=1, seed=4))
 
 
 @pytest.mark.parametrize("marker", ['{"seed": 3, "version": 0}', "[]"])
 def test_exams_of_another_version_are_not_mixed_in(copy, marker):
     (copy / "cohort.json").write_text(marker)
-    with pytest.raises(ConfigError, match=r"holds a cohort of (version 0|seed None), asked for is"):
-        write_cohort(copy, SMALL)
+    with pytest.raises(ConfigError, match=r"holds exams of (version 0|seed None), asked for is"):
+        write_datasets(copy, SMALL)
 
 
 def test_a_broken_record_is_named(copy):
     record = copy / "test" / "patient_info_files" / "TST_000.json"
     record.write_text('{"id": "TST_000"}')
     with pytest.raises(FileError, match=r"TST_000.json is not the record of a synthetic exam; remove it"):
-        write_cohort(copy, SMALL)
+        write_datasets(copy, SMALL)
     record.write_text("{")
     with pytest.raises(DataError, match=r"TST_000.json is not valid JSON"):
-        write_cohort(copy, SMALL)
+        write_datasets(copy, SMALL)
 
 
 def test_options_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="--train -1: must be at least 0"):
-        write_cohort(tmp_path / "out", CohortOptions(train=-1))
+        write_datasets(tmp_path / "out", SyntheticOptions(train=-1))
     assert not (tmp_path / "out").exists()
 
 
@@ -207,26 +207,26 @@ def test_rare_exams_come_in_proportion(part, seed):
     assert all(counts[start : start + 2].count(0) < 2 for start in range(199)), "never two without lesion in a row"
 
 
-def test_whole_exams_make_a_cohort_of_their_own(tmp_path, monkeypatch):
+def test_whole_exams_take_a_folder_of_their_own(tmp_path, monkeypatch):
     grid = ScanGrid(shape_vox=(86, 84, 44), spacing_mm=(4.0, 4.0, 4.0))
     monkeypatch.setattr(scanner, "_whole_grid", lambda _: grid)
-    options = CohortOptions(train=2, test=0, external=0, whole=True)
-    write_cohort(tmp_path / "whole", options)
+    options = SyntheticOptions(train=2, test=0, external=0, whole=True)
+    write_datasets(tmp_path / "whole", options)
     dataset = open_dataset(tmp_path / "whole" / "train")
     assert load_case(dataset, dataset.cases[0]).mask.array.shape == (86, 84, 44)
     assert json.loads((tmp_path / "whole" / "cohort.json").read_text())["whole"] is True
     before = contents(tmp_path / "whole")
-    assert write_cohort(tmp_path / "whole", options).parts[0].num_made == 0
+    assert write_datasets(tmp_path / "whole", options).parts[0].num_made == 0
     assert contents(tmp_path / "whole") == before
     with pytest.raises(
         ConfigError, match=r"holds exams of both breasts, asked for are exams of one; .* or add --whole"
     ):
-        write_cohort(tmp_path / "whole", replace(options, whole=False))
+        write_datasets(tmp_path / "whole", replace(options, whole=False))
 
 
-def test_a_cohort_of_single_breasts_takes_no_whole_exams(copy):
+def test_a_folder_of_single_breasts_takes_no_whole_exams(copy):
     with pytest.raises(
         ConfigError, match=r"holds exams of one breast, asked for are exams of both; .* or leave out --whole"
     ):
-        write_cohort(copy, replace(SMALL, whole=True))
+        write_datasets(copy, replace(SMALL, whole=True))
     assert "whole" not in (copy / "cohort.json").read_text()

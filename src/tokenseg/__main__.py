@@ -1,4 +1,4 @@
-"""`python -m tokenseg`."""
+"""The entry point of `python -m tokenseg`: the command line."""
 
 from __future__ import annotations
 

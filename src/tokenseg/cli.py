@@ -1,4 +1,4 @@
-"""The command line: parse, call a verb, print, exit code.
+"""The command line: parsing, the command's work, printing, exit codes.
 
 Results go to stdout, progress and logs to stderr. Exit code 0: done; 1: done, but some cases failed; 2: the request
 cannot be met, said in one line; 130: interrupted; 141: whoever read the results went away, as `head` does. Nothing
@@ -17,11 +17,11 @@ import tyro
 from tokenseg.about import NOTICE
 from tokenseg.commands.benchmark import Benchmark
 from tokenseg.commands.check import Check
-from tokenseg.commands.cohort import Cohort
 from tokenseg.commands.demo import Demo
 from tokenseg.commands.evaluate import Evaluate
 from tokenseg.commands.info import Info
 from tokenseg.commands.segment import Segment
+from tokenseg.commands.synthetic import Synthetic
 from tokenseg.commands.terminal import say
 from tokenseg.commands.tokens import Tokens
 from tokenseg.commands.train import Train
@@ -35,15 +35,17 @@ COMMANDS: dict[str, Any] = {
     "evaluate": Evaluate,
     "tokens": Tokens,
     "info": Info,
-    "cohort": Cohort,
+    "synthetic": Synthetic,
     "benchmark": Benchmark,
 }
+_RENAMED = {"cohort": "synthetic"}
+"""Commands by their earlier names, which scripts may still hold."""
 _DESCRIPTION = f"3D medical image segmentation on the computer you have. {NOTICE} --version prints the version."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _with_todays_name(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
             return _run(arguments)
@@ -89,6 +91,15 @@ def _run(arguments: list[str]) -> int:
     return int(command.execute())
 
 
+def _with_todays_name(arguments: list[str]) -> list[str]:
+    """The same request, with a note where the command is given by an earlier name."""
+    given = arguments[0] if arguments else ""
+    if given not in _RENAMED:
+        return arguments
+    say(f"note: `tokenseg {given}` is now called `tokenseg {_RENAMED[given]}`")
+    return [_RENAMED[given], *arguments[1:]]
+
+
 def _check_given_once(arguments: list[str]) -> None:
     """The parser would take the last one, and forget the others without a word."""
     options = takewhile(lambda word: word != "--", arguments)
@@ -109,5 +120,5 @@ def _give_up_stdout() -> None:
 def _how_to_go_on(arguments: list[str]) -> str:
     if arguments[:1] == ["train"]:
         return "go on with the same command and --resume"
-    going_on = arguments[:1] in (["demo"], ["cohort"]) or arguments[:2] == ["benchmark", "accuracy"]
+    going_on = arguments[:1] in (["demo"], ["synthetic"]) or arguments[:2] == ["benchmark", "accuracy"]
     return "go on with the same command" if going_on else "files written so far are complete"

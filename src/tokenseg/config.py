@@ -318,7 +318,7 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CohortOptions:
+class SyntheticOptions:
     """How many synthetic exams are asked for on the command line."""
 
     train: int = 40

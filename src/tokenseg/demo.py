@@ -1,4 +1,4 @@
-"""`tokenseg demo`: the whole way on synthetic breast exams, beside a dense network that is given the same time.
+"""The demo: the whole way on synthetic breast exams, beside a dense network that is given the same time.
 
 OUT/
   cohort/{train,test,external}   synthetic exams: to learn from, held out, and of another centre
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenseg.benchmark.peers import monai_unet
-from tokenseg.config import CohortOptions, PresetName, TrainOptions
+from tokenseg.config import PresetName, SyntheticOptions, TrainOptions
 from tokenseg.datasets.inputs import list_inputs
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.errors import ConfigError, TokenSegError, TrainingError
@@ -50,19 +50,19 @@ from tokenseg.report.token_table import tokens_section
 from tokenseg.report.viewer import viewer_section
 from tokenseg.saved_model.checkpoint import Model, load_model
 from tokenseg.saved_model.ensemble import Ensemble
+from tokenseg.saved_model.run_folder import RunFolder
 from tokenseg.segmentation.job import SegmentJob
 from tokenseg.segmentation.results import CaseResult
 from tokenseg.segmentation.segment import segment_cases
-from tokenseg.synthetic.datasets import COHORT_NAME, write_cohort
+from tokenseg.synthetic.datasets import MARKER_NAME, write_datasets
 from tokenseg.tokens.report import TokenReport
 from tokenseg.training.csv_log import read_log
-from tokenseg.training.loop import LOG_NAME
 from tokenseg.training.train import train
 
 TOKENSEG, UNET = "tokenseg", "monai-unet"
 NAMES = {TOKENSEG: "TokenSeg", UNET: "MONAI UNet"}
 PARTS = {"test": "held-out exams", "external": "external centre"}
-REPORT_NAME = "report.html"
+EXAMS_NAME, REPORT_NAME = "cohort", "report.html"
 SYNTHETIC = "All exams are synthetic: these figures show how the tool works and say nothing about patients."
 EXPLAINED = (
     "Dice: mean over the exams with a lesion, a missed one counts 0. Lesion F1: over all lesions. False positives: "
@@ -74,7 +74,7 @@ EXPLAINED = (
 class DemoSize:
     """How large a demo is; the defaults are what `tokenseg demo` runs."""
 
-    cohort: CohortOptions = field(default_factory=CohortOptions)
+    exams: SyntheticOptions = field(default_factory=SyntheticOptions)
     preset: PresetName = "small"
     minutes: float = 7.0
     """Time for the training steps of each network."""
@@ -87,7 +87,7 @@ FULL = DemoSize()
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One network on one part of the cohort."""
+    """One network on one part of the exams."""
 
     network: str
     part: str
@@ -116,7 +116,7 @@ class DemoResult:
 
 
 def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None = None) -> DemoResult:
-    """Make the cohort, train both networks at the same time, segment, evaluate, write the report.
+    """Draw the exams, train both networks at the same time, segment, evaluate, write the report.
 
     Args:
         folder: Everything goes in here, so it must be new, empty, or of an earlier demo, which is gone on with.
@@ -127,17 +127,17 @@ def demo(folder: Path, progress: Progress | None = None, size: DemoSize | None =
         TokenSegError: The folder cannot be used, or a training broke down.
     """
     progress, size = progress or Silent(), size or FULL
-    cohort = folder / "cohort"
+    exams = folder / EXAMS_NAME
     _refuse_foreign(folder)
-    write_cohort(cohort, size.cohort, progress)
-    with _unet_beside(cohort / "train", folder / UNET, size):
-        _train_tokenseg(cohort / "train", folder / TOKENSEG, size, progress)
+    write_datasets(exams, size.exams, progress)
+    with _unet_beside(exams / "train", folder / UNET, size):
+        _train_tokenseg(exams / "train", folder / TOKENSEG, size, progress)
         progress.message("waiting for the training of MONAI UNet, which runs beside")
     models = {TOKENSEG: load_model(folder / TOKENSEG), UNET: load_model(folder / UNET, make_network=monai_unet)}
     rows, scored = [], dict[tuple[str, str], _Scored]()
     for part in PARTS:
         for network, model in models.items():
-            found = _segment_and_evaluate(model, cohort / part, folder / "masks" / network / part, progress)
+            found = _segment_and_evaluate(model, exams / part, folder / "masks" / network / part, progress)
             scored[network, part] = found
             rows.append(_row(network, part, found.evaluation, folder / network))
     write_atomically(folder / "demo.json", (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
@@ -152,10 +152,10 @@ def _train_tokenseg(dataset: Path, run: Path, size: DemoSize, progress: Progress
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """The cohort is the first thing that a demo writes; other files without one are the user's."""
+    """The exams are the first thing that a demo writes; other files without them are the user's."""
     check_writable(folder, folder)
-    if folder.is_dir() and not (folder / "cohort" / COHORT_NAME).exists():
-        foreign = sorted({path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"cohort"})
+    if folder.is_dir() and not (folder / EXAMS_NAME / MARKER_NAME).exists():
+        foreign = sorted({path.name for path in folder.iterdir() if not path.name.startswith(".")} - {EXAMS_NAME})
         if foreign:
             raise ConfigError(
                 f"{folder} holds files that are not of a demo: {first_few(foreign)}; name a new or empty folder"
@@ -182,13 +182,13 @@ def _end_with_parent() -> None:
 
 
 def _options(run: Path, size: DemoSize) -> TrainOptions:
-    resume = (run / "run.json").exists()
+    resume = RunFolder(run).is_begun
     minutes = size.minutes if size.steps is None else None
     return TrainOptions(preset=size.preset, max_minutes=minutes, max_steps=size.steps, threads=1, resume=resume)
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "validation" / "scores.json").exists() and (run / "report.html").exists()
+    return RunFolder(run).is_finished
 
 
 @contextmanager
@@ -254,7 +254,7 @@ def _row(network: str, part: str, evaluation: Evaluation, run: Path) -> DemoRow:
         lesion_f1=evaluation.summaries[0].lesions.f1,
         num_lesion_free=len(healthy),
         false_positives=sum(row.score.lesions.false_positive for row in healthy),
-        train_minutes=sum(float(row["seconds"]) for row in read_log(run / "log.csv")) / 60,
+        train_minutes=sum(float(row["seconds"]) for row in read_log(RunFolder(run).log)) / 60,
     )
 
 
@@ -263,7 +263,7 @@ def _write_report(folder: Path, rows: Sequence[DemoRow], scored: Mapping[tuple[s
     sections = [Section("comparison", "Comparison", _comparison(rows))]
     tokens: list[TokenReport] = []
     for part, name in PARTS.items():
-        dataset, shown = open_dataset(folder / "cohort" / part), scored[TOKENSEG, part]
+        dataset, shown = open_dataset(folder / EXAMS_NAME / part), scored[TOKENSEG, part]
         found = tokens_of_selected(*shown)
         views = evaluation_views(shown.evaluation, dataset, token_boxes(found))
         sections.append(viewer_section(views, f"cases-{part}", name.capitalize()))
@@ -274,7 +274,7 @@ def _write_report(folder: Path, rows: Sequence[DemoRow], scored: Mapping[tuple[s
     if tokens:
         sections.append(tokens_section(tokens))
     for network, name in NAMES.items():
-        log = read_log(folder / network / LOG_NAME)
+        log = read_log(RunFolder(folder / network).log)
         sections.append(curves_section(log, f"curves-{network}", f"{name}, training"))
     title = "TokenSeg demo: tumours in synthetic breast MRI"
     write_page(folder / REPORT_NAME, title, _lead(rows), sections, date.today().isoformat())

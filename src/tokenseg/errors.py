@@ -1,4 +1,4 @@
-"""What can go wrong that a user can mend.
+"""Errors that a user can mend.
 
 Every message says what was given, what is allowed and what to do. The command line turns a `TokenSegError`
 into one line on stderr and exit code 2; anything else that escapes is a bug of ours.
@@ -8,7 +8,15 @@ from __future__ import annotations
 
 
 class TokenSegError(ValueError):
-    """Base of all errors that are meant for the user."""
+    """An error that the user can mend: the base of all that TokenSeg raises on purpose, and a `ValueError`.
+
+    >>> from tokenseg import TokenSegError, load_model
+    >>> try:
+    ...     load_model("nowhere")
+    ... except TokenSegError as error:
+    ...     print(error)
+    model nowhere does not exist here, and is no built-in model (there is hippocampus); name a built-in model, ...
+    """
 
 
 class FileError(TokenSegError):

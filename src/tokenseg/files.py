@@ -1,4 +1,4 @@
-"""Writing files so that a crash never leaves half of one behind."""
+"""Files written whole or not at all: a crash never leaves half of one behind."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ def process_number() -> int:
     return distributed.get_rank() if _are_several() else 0
 
 
-def own_rows(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "share ..."]:
+def own_rows(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     """This process's rows of what belongs to the whole batch."""
     return rows.chunk(num_processes())[process_number()]
 
 
-def gather_rows(rows: Shaped[Tensor, "share ..."]) -> Shaped[Tensor, "n ..."]:
+def gather_rows(rows: Shaped[Tensor, "m ..."]) -> Shaped[Tensor, "n ..."]:
     """Rows of the whole batch, in its order; without gradient."""
     if not _are_several():
         return rows

@@ -1,4 +1,4 @@
-"""How long work tells of itself: the library calls, the command line shows.
+"""Progress of long work: the library calls, the command line shows.
 
 Durations, counts and warnings go through this one interface, so that the library stays silent by itself.
 """

@@ -1,4 +1,4 @@
-"""One picture of what is worth its time: each network's time against its parameters, or against its Dice."""
+"""A picture of networks: the time of each against its parameters, or against its Dice."""
 
 from __future__ import annotations
 

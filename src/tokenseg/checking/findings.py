@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, or only odd: every case looked at, every finding with what mends it.
+"""Findings about a dataset, wrong or only odd: every case is looked at, every finding says what mends it.
 
 `tokenseg train` stops at what it cannot use; this goes on from case to case, and sees what training would not notice:
 the same image in two cases, a channel that holds a mask, one scan in other units than the rest. Only a dataset that

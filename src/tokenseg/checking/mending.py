@@ -1,4 +1,4 @@
-"""`tokenseg check --fix`: a mended copy of a dataset; nothing of the original is touched.
+"""The mended copy of `tokenseg check --fix`; nothing of the original dataset is touched.
 
 Channels and masks on another grid are resampled onto that of the first channel (masks to the nearest voxel), fractions
 in masks are rounded, NaN and infinity become the channel's lowest value, and the value of a 0/255 mask of one label is

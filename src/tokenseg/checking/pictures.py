@@ -100,5 +100,5 @@ def _mask_on(case: Case, grid: Grid) -> Bool[np.ndarray, "X Y Z"]:
 
 def _slice_of(mask: Bool[np.ndarray, "X Y Z"], normal: int) -> int:
     """The slice with most of the mask; the middle one where there is none."""
-    areas: Float[np.ndarray, " N"] = mask.sum(axis=tuple(axis for axis in range(3) if axis != normal))
+    areas: Float[np.ndarray, " n"] = mask.sum(axis=tuple(axis for axis in range(3) if axis != normal))
     return int(areas.argmax()) if areas.any() else mask.shape[normal] // 2

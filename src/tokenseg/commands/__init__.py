@@ -1,1 +1,1 @@
-"""What the command line can do: a dataclass a command, whose fields are the options. Nothing heavy at the top."""
+"""The commands: a dataclass for each, whose fields are its options. Nothing heavy is imported at the top."""

@@ -1,4 +1,4 @@
-"""`tokenseg benchmark`: `speed` and `accuracy`."""
+"""The command `tokenseg benchmark`: `speed`, and `accuracy` from `benchmark_accuracy.py`."""
 
 from __future__ import annotations
 

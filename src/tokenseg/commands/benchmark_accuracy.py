@@ -1,4 +1,4 @@
-"""`tokenseg benchmark accuracy`."""
+"""The command `tokenseg benchmark accuracy`: networks trained under one budget, compared on held-out cases."""
 
 from __future__ import annotations
 

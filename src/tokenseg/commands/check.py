@@ -1,4 +1,4 @@
-"""`tokenseg check`."""
+"""The command `tokenseg check`: faults of a dataset and its mended copy, or the grids of files compared."""
 
 from __future__ import annotations
 

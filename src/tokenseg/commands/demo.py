@@ -1,4 +1,4 @@
-"""`tokenseg demo`."""
+"""The command `tokenseg demo`: synthetic exams, training, segmentation, evaluation and report in one go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tokenseg evaluate`."""
+"""The command `tokenseg evaluate`: scores of masks against reference masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tokenseg info`."""
+"""The command `tokenseg info`: the card of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands check before the work, and not after."""
+"""Checks of a request before the work, so that it does not fail after it."""
 
 from __future__ import annotations
 

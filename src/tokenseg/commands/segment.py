@@ -1,4 +1,4 @@
-"""`tokenseg segment`."""
+"""The command `tokenseg segment`: masks of a scan, a folder of cases, a dataset or DICOM."""
 
 from __future__ import annotations
 

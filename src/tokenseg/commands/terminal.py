@@ -1,4 +1,4 @@
-"""What the command line shows: progress and notes on stderr, tables on stdout."""
+"""Output of the command line: progress and notes on stderr, tables on stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`tokenseg tokens`."""
+"""The command `tokenseg tokens`: the tokens that a model kept in one case, and how near to a boundary they lie."""
 
 from __future__ import annotations
 

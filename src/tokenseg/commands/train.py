@@ -1,4 +1,4 @@
-"""`tokenseg train`."""
+"""The command `tokenseg train`: a dataset folder in, a run folder out."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Train:
         refuse_file(self.run)
         quieten_training_libraries()
         from tokenseg.processes import process_number
+        from tokenseg.saved_model.run_folder import RunFolder
         from tokenseg.training.train import train
 
         try:
@@ -42,8 +43,9 @@ class Train:
             raise
         if process_number():
             return 0
+        folder = RunFolder(self.run)
         print_evaluation(result.evaluation)
-        print(f"model: {self.run / 'model'}  ({result.steps} steps)")
-        print(f"report: {self.run / 'report.html'}")
+        print(f"model: {folder.model}  ({result.steps} steps)")
+        print(f"report: {folder.report}")
         print(f"next: tokenseg segment SCAN.nii.gz MASK.nii.gz --model {self.run}")
         return 0

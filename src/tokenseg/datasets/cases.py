@@ -1,4 +1,4 @@
-"""What a dataset is, whatever its layout on disk: cases, labels, channels, and given splits."""
+"""The dataset, whatever its layout on disk: cases, labels, channels, and given splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the `dataset.json` of a dataset: JSON, checked as a whole, all faults in one message."""
+"""Reader of the `dataset.json` of a dataset: JSON, checked as a whole, all faults in one message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding image files in folders: endings, hidden files, and the `CASE_0000` naming of channels."""
+"""Image files in folders: endings, hidden files, and the `CASE_0000` naming of channels."""
 
 from __future__ import annotations
 

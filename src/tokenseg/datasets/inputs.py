@@ -1,4 +1,4 @@
-"""What `segment` is pointed at: files, folders, datasets or DICOM; reading each case with named channels, and masks."""
+"""Inputs of `segment`: files, folders, datasets or DICOM; each case read with named channels, and masks."""
 
 from __future__ import annotations
 

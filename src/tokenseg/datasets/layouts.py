@@ -1,4 +1,4 @@
-"""Opening a dataset folder in whatever known layout it has, and loading its cases."""
+"""Dataset folders of every known layout: told apart, opened, and their cases loaded."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tokenseg.messages import first_few
 SOURCE_CHANNELS = ("phase0", "phase1")
 CHANNELS = ("phase1", "phase1 - phase0")
 LESIONS_NAME = "lesions.json"
-"""Beside the exams of a synthetic cohort, whose figures must not pass for those of patients."""
+"""Beside synthetic exams, whose figures must not pass for those of patients."""
 _BREAST_TUMOUR = Coding(
     category=Code(value="49755003", meaning="Morphologically Abnormal Structure"),
     type=Code(value="108369006", meaning="Neoplasm"),

@@ -1,4 +1,4 @@
-"""Which cases train and which validate: five folds, the same ones for everybody."""
+"""The folds of a dataset, for training and validation: its own, or five that are the same ones for everybody."""
 
 from __future__ import annotations
 

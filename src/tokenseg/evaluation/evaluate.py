@@ -1,4 +1,4 @@
-"""How good predicted masks are: every case and label scored, summed up with intervals, written as JSON and CSV.
+"""Scores of predicted masks: every case and label, summed up with intervals, written as JSON and CSV.
 
 What the measures mean, and what empty masks give, is frozen in `tokenseg.evaluation.metrics`. A case without a
 prediction counts as an empty prediction: leaving a case out never raises a mean.

@@ -1,4 +1,4 @@
-"""How good a mask is: overlap, surface distance, volume and lesions, in millimetres and millilitres.
+"""Metrics of a mask: overlap, surface distance, volume and lesions, in millimetres and millilitres.
 
 Every function takes boolean masks (X, Y, Z) and `spacing_mm`, the voxel size along each axis; masks are True inside.
 
@@ -92,8 +92,8 @@ class Interval(NamedTuple):
 class SurfaceDistances(NamedTuple):
     """For each surface voxel of one mask the distance to the nearest surface voxel of the other, in mm, unsorted."""
 
-    reference_to_prediction_mm: Float[np.ndarray, " R"]
-    prediction_to_reference_mm: Float[np.ndarray, " P"]
+    reference_to_prediction_mm: Float[np.ndarray, " n"]
+    prediction_to_reference_mm: Float[np.ndarray, " m"]
 
 
 @dataclass(frozen=True)
@@ -370,7 +370,7 @@ def _nearest_mm(from_mm: Float[np.ndarray, "n 3"], to_mm: Float[np.ndarray, "m 3
 
 def _component_ious(
     reference_labels: Int[np.ndarray, "X Y Z"], prediction_labels: Int[np.ndarray, "X Y Z"]
-) -> Float[np.ndarray, "pairs 3"]:
+) -> Float[np.ndarray, "n 3"]:
     """Reference label, predicted label and IoU of each pair of components that share a voxel."""
     reference_sizes = np.bincount(reference_labels.ravel())
     prediction_sizes = np.bincount(prediction_labels.ravel())
@@ -382,7 +382,7 @@ def _component_ious(
     return np.column_stack([pairs, overlap / union])
 
 
-def _count_matches(pairs: Float[np.ndarray, "pairs 3"]) -> int:
+def _count_matches(pairs: Float[np.ndarray, "n 3"]) -> int:
     """Greedy one-to-one matching by falling IoU; the sort is stable, so ties keep the order of the array."""
     candidates = pairs[pairs[:, 2] >= LESION_MIN_IOU]
     taken_reference: set[int] = set()

@@ -1,4 +1,4 @@
-"""What names of channels say: computed tomography, or a phase of a DCE exam."""
+"""Meanings of channel names: computed tomography, or a phase of a DCE exam."""
 
 from __future__ import annotations
 

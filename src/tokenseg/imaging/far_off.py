@@ -1,4 +1,4 @@
-"""Whether a few voxels lie so far off that they would rule how a whole scan is normalised: hot voxels, fill values.
+"""Voxels so far off that a few of them would rule how a whole scan is normalised: hot voxels, fill values.
 
 A scan is normalised by its own mean and deviation. In three scans of the hippocampus, one voxel at a hundred times the
 largest value cost the built-in model 6 to 25 points of Dice, five of them 20 to 85. So such voxels are cut off, and
@@ -78,7 +78,7 @@ def spread_of_difference(terms: Sequence[Float[np.ndarray, "X Y Z"]]) -> Spread:
     return Spread(min(least for least, _ in ends), max(most for _, most in ends), float(low), float(high))
 
 
-def _sample(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*fewer"]:
+def _sample(values: Shaped[np.ndarray, "*shape"]) -> Shaped[np.ndarray, "*shape2"]:
     """Every so many of the voxels along each axis: a view, whatever the order in memory."""
     step = max(1, round((values.size / _SAMPLES) ** (1 / values.ndim)))
     return values[(slice(None, None, step),) * values.ndim]

@@ -1,4 +1,4 @@
-"""Which image format a file name stands for, and one way to read and write them all, for `tokenseg.imaging.volume`."""
+"""Image formats by file name, and one way to read and write them all, for `tokenseg.imaging.volume`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How two grids relate: the same, the same but for rounding, other voxels of the same space, or somewhere else."""
+"""Relations of two grids: the same, the same but for rounding, other voxels of the same space, or somewhere else."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def is_lost_header(first: Grid, second: Grid) -> bool:
 
 def resample(
     values: Shaped[np.ndarray, "X Y Z"], grid: Grid, target: Grid, *, order: Literal[0, 1]
-) -> Shaped[np.ndarray, "Xt Yt Zt"]:
+) -> Shaped[np.ndarray, "X2 Y2 Z2"]:
     """Values at the voxels of another grid of the same world.
 
     Args:
@@ -74,7 +74,7 @@ def resample(
     """
     to_source = np.linalg.inv(grid.affine) @ target.affine
     source = values if order == 0 else values.astype(np.float32)
-    resampled: Shaped[np.ndarray, "Xt Yt Zt"] = affine_transform(
+    resampled: Shaped[np.ndarray, "X2 Y2 Z2"] = affine_transform(
         source, to_source[:3, :3], to_source[:3, 3], output_shape=target.shape, order=order, mode="nearest"
     )
     resampled[_beyond(to_source, grid.shape, target.shape)] = 0 if order == 0 else values.min()
@@ -83,7 +83,7 @@ def resample(
 
 def _beyond(
     to_source: Affine, shape: tuple[int, int, int], target_shape: tuple[int, int, int]
-) -> Bool[np.ndarray, "Xt Yt Zt"]:
+) -> Bool[np.ndarray, "X2 Y2 Z2"]:
     """Target voxels whose centre is in no voxel of the source."""
     x, y, z = np.ogrid[: target_shape[0], : target_shape[1], : target_shape[2]]
     beyond = np.zeros(target_shape, dtype=bool)
@@ -101,7 +101,7 @@ def _overlap(first: Grid, second: Grid) -> float:
     return float(np.prod(np.maximum(shared, 0))) / min(volumes)
 
 
-def _box_mm(grid: Grid) -> tuple[Float[np.ndarray, 3], Float[np.ndarray, 3]]:
+def _box_mm(grid: Grid) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
     """Lowest and highest world coordinate of the outer edges of the voxels."""
     edges = np.stack(np.meshgrid(*((-0.5, size - 0.5) for size in grid.shape), indexing="ij"), axis=-1).reshape(-1, 3)
     corners = edges @ grid.affine[:3, :3].T + grid.affine[:3, 3]

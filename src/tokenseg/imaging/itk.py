@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files through SimpleITK: formats behind `tokenseg.imaging.volume`, the door for everything else.
+"""NRRD and MetaImage files through SimpleITK: formats behind `tokenseg.imaging.volume`, through which all others read.
 
 SimpleITK reads and writes; what it would take on trust is checked before: a header may not name other files than its
 own voxels, nor more voxels than its file can hold.

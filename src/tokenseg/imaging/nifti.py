@@ -1,4 +1,4 @@
-"""NIfTI files, parsed strictly: the format behind `tokenseg.imaging.volume`, which is the door for everything else.
+"""NIfTI files, parsed strictly: the format behind `tokenseg.imaging.volume`, through which all others read.
 
 A file that ends early, or whose gzip checksum is wrong, is refused whole, and no memory is taken on the word of a
 header alone.

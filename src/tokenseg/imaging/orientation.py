@@ -24,7 +24,7 @@ def orientation(affine: Affine) -> tuple[Shape3, tuple[bool, bool, bool]]:
 
 def turn_to_ras(
     array: Shaped[np.ndarray, "X Y Z"], axes: Shape3, flipped: tuple[bool, bool, bool]
-) -> Shaped[np.ndarray, "Xc Yc Zc"]:
+) -> Shaped[np.ndarray, "X2 Y2 Z2"]:
     """Turn stored axes to RAS+ (a view)."""
     steps = [slice(None, None, -1 if flip else 1) for flip in flipped]
     return array[tuple(steps)].transpose(np.argsort(axes))
@@ -32,7 +32,7 @@ def turn_to_ras(
 
 def to_canonical(
     array: Shaped[np.ndarray, "X Y Z"], affine: Affine
-) -> tuple[Shaped[np.ndarray, "Xc Yc Zc"], tuple[float, float, float]]:
+) -> tuple[Shaped[np.ndarray, "X2 Y2 Z2"], tuple[float, float, float]]:
     """Turn stored axes to the closest RAS+ order, for showing.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The one door to image files: scans, masks and their grids, read strictly and written exactly."""
+"""Scans, masks and their grids, read strictly from image files and written exactly: the interface for all others."""
 
 from __future__ import annotations
 
@@ -34,16 +34,28 @@ SPACINGS_MM = (1e-6, 1e6)
 class Volume:
     """A scan with its place in the world, axes in stored (file) order.
 
+    Voxels may be of any size along each axis, and axes oblique; nothing is resampled here.
+
+    >>> import numpy as np
+    >>> from tokenseg import Volume
+    >>> scan = Volume(np.zeros((1, 64, 48, 20), np.float32), np.diag([0.7, 0.7, 2.5, 1.0]), ("MRI",))
+    >>> scan.spacing_mm
+    (0.7, 0.7, 2.5)
+    >>> Volume(np.full((1, 4, 4, 4), np.nan, np.float32), np.eye(4), ("MRI",))
+    Traceback (most recent call last):
+    tokenseg.errors.DataError: volume: 64 voxel(s) are NaN or infinite; replace them, for example by ...
+
     Attributes:
-        array: Intensities, finite.
-        affine: From voxel indices to mm in RAS+ world coordinates.
-        channels: Name of each channel, unique.
+        array: Intensities (C, X, Y, Z), float32, finite, of any range; no axis is empty.
+        affine: 4 x 4, from voxel indices to mm in RAS+ world coordinates.
+        channels: Name of each channel, unique; models find their channels by it.
         header: Header of the (first) file, from which a mask takes its geometry fields; None for a volume that was
             made from arrays.
 
     Raises:
         DataError: The array is not finite float32 of four axes, or the names do not fit it.
-        GeometryError: The affine is not usable, or contradicts the header.
+        GeometryError: The affine cannot be inverted or has a spacing below 1e-6 or above 1e6 mm, or it contradicts
+            the header.
     """
 
     array: ImageArray
@@ -110,9 +122,24 @@ class Grid:
 
 
 def read_volume(path: Path | str, channels: tuple[str, ...]) -> Volume:
-    """Read one file: 3D for one channel, or 4D with the channels on the last axis in the order of `channels`.
+    """Read a scan from one file: 3D for one channel, or 4D with the channels on the last axis.
 
-    Trailing axes of length one are dropped, and the header's scale slope and intercept are applied.
+    Trailing axes of length one are dropped, and the header's scale slope and intercept are applied. Spacing, also an
+    anisotropic one, and the order of the axes stay as stored.
+
+    >>> import nibabel, numpy as np, tempfile
+    >>> from pathlib import Path
+    >>> from tokenseg import read_volume
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "scan.nii.gz"
+    ...     nibabel.save(nibabel.Nifti1Image(np.ones((64, 48, 20), np.int16), np.diag([0.7, 0.7, 2.5, 1])), path)
+    ...     scan = read_volume(path, ("MRI",))
+    >>> scan.array.shape, scan.array.dtype.name, scan.channels
+    ((1, 64, 48, 20), 'float32', ('MRI',))
+
+    Args:
+        path: NIfTI (`.nii`, `.nii.gz`) or, with the extra `itk`, NRRD or MetaImage.
+        channels: Name of each channel, in the order of the file.
 
     Raises:
         FileError: The file is missing, truncated, or not of the format that its name says.
@@ -251,11 +278,29 @@ def affine_differences(first: Affine, second: Affine) -> list[str]:
 
 
 def write_mask(path: Path | str, mask: MaskArray, like: Volume) -> None:
-    """Write a label map onto the grid of a scan, all or nothing.
+    """Write a label map onto the grid of a scan, all or nothing; a file that is there is replaced.
 
     Both affines of the scan's header (qform and sform) with their codes, and the units, are kept bit for bit; a
     volume without header gives its affine, rounded to float32, as sform with code 1. Nothing else of the scan's
-    header (descriptions, extensions) is copied. The type is uint8 where the values fit, else int16 or int32.
+    header (descriptions, extensions) is copied. The type is uint8 where the values fit, else int16 or int32; a mask
+    that is empty (all 0) is written like any other.
+
+    >>> import numpy as np, tempfile
+    >>> from pathlib import Path
+    >>> from tokenseg import Volume, read_volume, write_mask
+    >>> scan = Volume(np.zeros((1, 64, 48, 20), np.float32), np.diag([0.7, 0.7, 2.5, 1.0]), ("MRI",))
+    >>> mask = np.zeros((64, 48, 20), np.uint8)
+    >>> mask[30:34, 20:24, 10] = 2
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_mask(Path(folder) / "mask.nii.gz", mask, like=scan)
+    ...     again = read_volume(Path(folder) / "mask.nii.gz", ("mask",))
+    >>> bool((again.array[0] == mask).all()), [round(mm, 3) for mm in again.spacing_mm]
+    (True, [0.7, 0.7, 2.5])
+
+    Args:
+        path: The file; its ending chooses the format, as for `read_volume`.
+        mask: Label values (X, Y, Z), whole numbers, 0 for background.
+        like: The scan that the mask belongs to.
 
     Raises:
         FileError: The name is not that of an image, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""How much memory a segmentation will take, and in how many slabs to compute so that a limit is kept.
+"""Memory of a segmentation: how much it will take, and in how many slabs to compute so that a limit is kept.
 
 An estimate is the sum of what is held at once in the three phases of a case: while its files are read, while it is
 computed, and while its mask is written. Slabs make the second smaller, nothing else. Shares that no arithmetic gives

@@ -40,17 +40,29 @@ from tokenseg.stopwatch import Stopwatch
 def segment_volume(model: Model | Sequence[Model], volume: Volume, *, full: bool = False) -> MaskArray:
     """Segment one volume.
 
+    The scan may have any spacing, isotropic or not, and any order of axes: it is resampled to the model's own grid, and
+    the mask back to that of the scan. The same input gives the same mask.
+
+    >>> import numpy as np
+    >>> from tokenseg import Volume, load_model, segment_volume
+    >>> noise = np.random.default_rng(0).normal(100, 20, (1, 24, 20, 16)).astype(np.float32)
+    >>> scan = Volume(noise, np.diag([1.0, 1.0, 2.0, 1.0]), ("MRI",))
+    >>> mask = segment_volume(load_model("hippocampus"), scan)
+    >>> mask.shape, set(np.unique(mask).tolist()) <= {0, 1, 2}
+    ((24, 20, 16), True)
+
     Args:
         model: A model, or several of the same plan whose probabilities are averaged.
         volume: Must bring the channels that the model expects, by name.
         full: Run all windows of a large scan, also where the model was trained to choose among them.
 
     Returns:
-        Mask (X, Y, Z) on the volume's own grid, in the dataset's label values, 0 elsewhere.
+        Mask (X, Y, Z) on the volume's own grid, in the dataset's label values, 0 elsewhere; all 0 where nothing is
+        found.
 
     Raises:
         DataError: A channel is missing.
-        ConfigError: The models do not share labels and channels.
+        ConfigError: No model is given, or the models have different plans.
         ModelError: A network gives NaN or infinity.
     """
     return segment_scan(Ensemble.of(model), volume, Manner(full=full)).mask

@@ -188,8 +188,8 @@ def read_quality(path: Path) -> CaseQuality | None:
         return None
 
 
-def _sums(maps: Shaped[Tensor, "labels b c"]) -> Float[np.ndarray, " labels"]:
-    sums: Float[np.ndarray, " labels"] = maps.sum(dim=(1, 2), dtype=torch.float64).numpy()
+def _sums(maps: Shaped[Tensor, "n b c"]) -> Float[np.ndarray, " n"]:
+    sums: Float[np.ndarray, " n"] = maps.sum(dim=(1, 2), dtype=torch.float64).numpy()
     return sums
 
 

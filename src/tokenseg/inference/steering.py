@@ -201,7 +201,7 @@ def cover(kept: Bool[np.ndarray, "Xc Yc Zc"], size: Vox3, window: Vox3, factor: 
     axes = [_places(*each) for each in zip(size, window, factor, kept.shape, strict=True)]
     left, corners = kept.copy(), list[Corner]()
     while left.any():
-        counts: Int[np.ndarray, "x y z"] = left.astype(np.int32)
+        counts: Int[np.ndarray, "_ _ _"] = left.astype(np.int32)
         for axis, places in enumerate(axes):
             counts = places.sums(counts, axis)
         turn = np.unravel_index(int(counts.argmax()), counts.shape)
@@ -221,7 +221,7 @@ class Ramps(NamedTuple):
     """How much the answer of a window counts along each axis of the rows, from the first voxel of the window on."""
 
     corner: Corner
-    along: tuple[Float[Tensor, " n"], Float[Tensor, " b"], Float[Tensor, " c"]]
+    along: tuple[Float[Tensor, " aw"], Float[Tensor, " bw"], Float[Tensor, " cw"]]
 
 
 def ramps_of(corners: Sequence[Corner], image: Rows, window: Vox3) -> list[Ramps]:
@@ -252,19 +252,19 @@ def fine_share(ramps: Sequence[Ramps], number: int, stretch: slice, depth: int) 
 class _Places(NamedTuple):
     """All places of a window along an axis: place n begins at voxel n of the scan."""
 
-    low: Int[np.ndarray, " places"]
+    low: Int[np.ndarray, " n"]
     """First coarse voxel whose centre lies in the middle half."""
-    high: Int[np.ndarray, " places"]
+    high: Int[np.ndarray, " n"]
     """One past the last."""
-    searched: Int[np.ndarray, " some"]
+    searched: Int[np.ndarray, " m"]
     """Places that the search looks at: about one a coarse voxel, close enough to reach every voxel."""
     window: int
     factor: int
 
-    def sums(self, values: Int[np.ndarray, "x y z"], axis: int) -> Int[np.ndarray, "X Y Z"]:
+    def sums(self, values: Int[np.ndarray, "X Y Z"], axis: int) -> Int[np.ndarray, "X2 Y2 Z2"]:
         """Sum the values along an axis over the middle half of each place that is searched."""
         table = np.insert(values.cumsum(axis, dtype=np.int32), 0, 0, axis=axis)
-        sums: Int[np.ndarray, "X Y Z"] = table.take(self.high[self.searched], axis) - table.take(
+        sums: Int[np.ndarray, "X2 Y2 Z2"] = table.take(self.high[self.searched], axis) - table.take(
             self.low[self.searched], axis
         )
         return sums
@@ -285,11 +285,11 @@ def _places(size: int, window: int, factor: int, num_coarse: int) -> _Places:
     return _Places(low, np.minimum(high, num_coarse), searched, window, factor)
 
 
-def _ramp(first: int, size: int, window: int) -> Float[Tensor, " w"]:
+def _ramp(first: int, size: int, window: int) -> Float[Tensor, " n"]:
     inwards = torch.arange(window) + 0.5
     below = inwards if first > 0 else torch.full_like(inwards, math.inf)
     above = inwards.flip(0) if first + window < size else torch.full_like(inwards, math.inf)
-    share: Float[Tensor, " w"] = (torch.minimum(below, above) / max(1, window // 4)).clamp(max=1)
+    share: Float[Tensor, " n"] = (torch.minimum(below, above) / max(1, window // 4)).clamp(max=1)
     return share
 
 

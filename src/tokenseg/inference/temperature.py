@@ -126,6 +126,6 @@ def cross_fitted_error(cases: Sequence[Voxels], outputs: Outputs) -> tuple[float
 
 def joined(
     cases: Sequence[Voxels],
-) -> tuple[Float[Tensor, "all L"], Integer[Tensor, "all R"]]:
+) -> tuple[Float[Tensor, "n L"], Integer[Tensor, "n R"]]:
     """Voxels of several cases in one list."""
     return torch.cat([logits for logits, _ in cases]), torch.cat([labels for _, labels in cases])

@@ -49,7 +49,7 @@ class PaddedRows(NamedTuple):
         """A stretch of the second axis, with the padding at the ends of the image that it reaches."""
         return slice(stretch.start + self.place[1].start, stretch.stop + self.place[1].start)
 
-    def cut(self, row: Float[Tensor, "L b padded"]) -> Float[Tensor, "L b c"]:
+    def cut(self, row: Float[Tensor, "L b _"]) -> Float[Tensor, "L b c"]:
         """Cut the padding off the third axis."""
         return row[:, :, self.place[2]]
 

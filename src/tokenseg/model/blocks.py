@@ -170,8 +170,8 @@ def space_to_depth(images: Features, stride: Stride) -> Resized:
     return blocks.reshape(batch, x, y, z, channels * sx * sy * sz).permute(0, 4, 1, 2, 3)
 
 
-def depth_to_space(values: Float[Tensor, "B x y z V"], stride: Stride) -> Features:
-    """Move channels back into blocks of `stride` voxels: (B, x, y, z, sx sy sz W) to (B, W, x sx, y sy, z sz)."""
+def depth_to_space(values: Float[Tensor, "B X2 Y2 Z2 V"], stride: Stride) -> Features:
+    """Move channels back into blocks of `stride` voxels: (B, X2, Y2, Z2, sx sy sz W) to (B, W, X2 sx, Y2 sy, Z2 sz)."""
     batch, x, y, z, depth = values.shape
     sx, sy, sz = stride
     width = depth // (sx * sy * sz)

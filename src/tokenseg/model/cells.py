@@ -122,14 +122,14 @@ def _cell_bounds(size: int, count: int, device: torch.device) -> tuple[Tensor, T
     return start, stop
 
 
-def _pooling(size: int, count: int, device: torch.device) -> Float[Tensor, "cells voxels"]:
+def _pooling(size: int, count: int, device: torch.device) -> Float[Tensor, "m n"]:
     start, stop = _cell_bounds(size, count, device)
     voxel = torch.arange(size, device=device)
     inside = ((voxel >= start[:, None]) & (voxel < stop[:, None])).float()
     return inside / inside.sum(dim=1, keepdim=True)
 
 
-def _interpolation(size: int, count: int, device: torch.device) -> Float[Tensor, "voxels cells"]:
+def _interpolation(size: int, count: int, device: torch.device) -> Float[Tensor, "n m"]:
     voxel = torch.arange(size, device=device, dtype=torch.float32)
     position = ((voxel + 0.5) * (count / size) - 0.5).clamp(0, count - 1)
     cell = torch.arange(count, device=device, dtype=torch.float32)

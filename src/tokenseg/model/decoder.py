@@ -23,7 +23,7 @@ class Decoded(NamedTuple):
     """What the decoder leaves at 1/2."""
 
     features: Features
-    block_logits: Float[Tensor, "B x y z _"]
+    block_logits: Float[Tensor, "B Xl Yl Zl _"]
     """Logits of the full-resolution voxels of every block, voxel by voxel."""
     deep_logits: tuple[CoarseLogits, ...]
     """At 1/4 and 1/8, in training; else empty."""

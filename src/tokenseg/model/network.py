@@ -56,7 +56,18 @@ class BlockOutput(NamedTuple):
 
 
 class TokenSegOutput(NamedTuple):
-    """Result of one forward pass."""
+    """Result of one forward pass.
+
+    >>> import torch
+    >>> from tokenseg import load_model
+    >>> network = load_model("hippocampus").network
+    >>> with torch.inference_mode():
+    ...     output = network(torch.zeros(1, 1, 24, 20, 16))
+    >>> output.logits.shape, output.deep_logits
+    (torch.Size([1, 3, 24, 20, 16]), ())
+    >>> output.tokens.kept.shape, int(output.tokens.kept.sum())
+    (torch.Size([1, 400]), 100)
+    """
 
     logits: Logits
     """Full resolution, the input's own size: labels with background (softmax) or regions (sigmoid)."""
@@ -68,6 +79,18 @@ class TokenSegOutput(NamedTuple):
 
 class TokenSeg(nn.Module):
     """The network of the paper, on a dataset's plan.
+
+    Made so its weights are random, from torch's random state; `load_model` gives trained ones. It takes images
+    (B, C, X, Y, Z) and knows nothing of mm, files or label values.
+
+    >>> import torch
+    >>> from tokenseg import TokenSeg, load_model
+    >>> facts = load_model("hippocampus").facts
+    >>> network = TokenSeg(facts.network, facts.plan).eval()
+    >>> with torch.inference_mode():
+    ...     output = network(torch.zeros(2, 1, 24, 20, 16), num_kept=50)
+    >>> output.tokens.kept.sum(dim=1)
+    tensor([50, 50])
 
     Args:
         config: Size and parts.
@@ -102,8 +125,8 @@ class TokenSeg(nn.Module):
         """Segment a batch of any size.
 
         Args:
-            images: Normalised intensities on the plan's grid; at least one voxel along each axis.
-            num_kept: K for this pass; None takes the configured one.
+            images: Normalised intensities on the plan grid, at least one voxel along each axis; NaN is not looked for.
+            num_kept: K for this pass, at least 1, more than N means N; None takes the configured one.
         """
         x, y, z = images.shape[2:]
         blocks = self.blocks(images, num_kept)

@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 class CodeUsage(nn.Module):
     """How often each code is used: an exponential moving average of its share of the tokens."""
 
-    frequency: Tensor
+    frequency: Float[Tensor, " E"]
 
     def __init__(self, num_codes: int, decay: float = 0.99) -> None:
         super().__init__()
@@ -63,9 +63,9 @@ class CodeUsage(nn.Module):
 class VectorQuantizer(nn.Module):
     """Codebook of E entries, learned by exponential moving averages of the tokens assigned to each."""
 
-    codebook: Tensor
-    token_sum: Tensor
-    token_count: Tensor
+    codebook: Float[Tensor, "E F"]
+    token_sum: Float[Tensor, "E F"]
+    token_count: Float[Tensor, " E"]
     started: Tensor
 
     def __init__(self, num_codes: int, width: int, decay: float = 0.99) -> None:
@@ -125,7 +125,7 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(self.token_sum / self.token_count.clamp(min=1e-5)[:, None])
         self._restart_dead(flat, assigned)
 
-    def _restart_dead(self, flat: Float[Tensor, "T F"], assigned: Tensor) -> None:
+    def _restart_dead(self, flat: Float[Tensor, "n F"], assigned: Tensor) -> None:
         """Move codes with less than a tenth of an even share onto the tokens that are served worst.
 
         The threshold scales with tokens a step over codes: a fixed one of 2, a common default, would restart nearly
@@ -140,7 +140,7 @@ class VectorQuantizer(nn.Module):
         worst = torch.sort(error, descending=True, stable=True).indices[:take]
         self._place(dead[:take], flat[worst], mean_count)
 
-    def _place(self, codes: Tensor, tokens: Float[Tensor, "T F"], mean_count: float) -> None:
+    def _place(self, codes: Tensor, tokens: Float[Tensor, "n F"], mean_count: float) -> None:
         self.codebook[codes] = tokens
         self.token_sum[codes] = tokens * mean_count
         self.token_count[codes] = mean_count

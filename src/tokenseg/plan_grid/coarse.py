@@ -66,6 +66,6 @@ def _summed(values: NDArray[np.float32], count: int, axis: int) -> NDArray[np.fl
     return np.add.reduceat(values, np.arange(0, values.shape[axis], count), axis=axis)
 
 
-def _block_sizes(size: int, count: int) -> Float[np.ndarray, " blocks"]:
+def _block_sizes(size: int, count: int) -> Float[np.ndarray, " n"]:
     starts = np.arange(0, size, count)
     return np.minimum(count, size - starts).astype(np.float32)

@@ -126,7 +126,7 @@ class _MeanStd(NamedTuple):
 def _mean_std(images: Sequence[_Image], above: float = -np.inf) -> _MeanStd:
     """Mean and deviation of all voxels above a value; a deviation of 1 where all are the same, 0 where none is."""
 
-    def values() -> Iterator[Float[np.ndarray, "*n"]]:
+    def values() -> Iterator[Float[np.ndarray, "*shape"]]:
         for image in images:
             for plane in image.planes():
                 yield plane if above == -np.inf else plane[plane > above]

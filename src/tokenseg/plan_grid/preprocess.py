@@ -1,4 +1,4 @@
-"""From a scan to the network's grid: axes to the closest RAS+ order, border cropped, intensities normalised, resampled.
+"""A scan on the plan grid: axes to the closest RAS+ order, border cropped, intensities normalised, resampled.
 
 Every step is noted in a `GridRecord`, by which the network's answers go the same way back (`restore.py`). A scan is
 prepared whole, for training, or a few rows at a time, for segmenting it in little memory (`open_scan`); the values are

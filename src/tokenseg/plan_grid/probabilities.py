@@ -105,7 +105,7 @@ class ProbabilityFile:
             starts.append(start)
         self._write_box(starts, values)
 
-    def _write_box(self, starts: list[int], values: Float16[np.ndarray, "L x y z"]) -> None:
+    def _write_box(self, starts: list[int], values: Float16[np.ndarray, "L _ _ _"]) -> None:
         """Write a box that begins at `starts`, in as few pieces as it has in the file."""
         if self._fortran:
             starts, values = starts[::-1], values.T

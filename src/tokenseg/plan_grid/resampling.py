@@ -54,7 +54,7 @@ def axis_between(count: int, new_count: int) -> Axis:
     return Axis(low, (low + 1).clamp(max=count - 1), (centres - low).float(), count)
 
 
-def interpolated(values: Float[Tensor, "*old"], axes: Sequence[Axis]) -> Float[Tensor, "*new"]:
+def interpolated(values: Float[Tensor, "*shape"], axes: Sequence[Axis]) -> Float[Tensor, "*shape2"]:
     """Interpolate along the last axes of an array, one of `axes` for each.
 
     An axis on which the grid stays costs nothing, and leaves the values untouched.
@@ -72,12 +72,12 @@ def between(low: Float[Tensor, "*shape"], high: Float[Tensor, "*shape"], share: 
     return low * (1 - weight) + high * weight
 
 
-def resampled(volume: Float[Tensor, "X Y Z"], shape: tuple[int, int, int]) -> Float[Tensor, "Xr Yr Zr"]:
+def resampled(volume: Float[Tensor, "X Y Z"], shape: tuple[int, int, int]) -> Float[Tensor, "X2 Y2 Z2"]:
     """Resample a whole volume; the same shape returns the volume itself."""
     return interpolated(volume, [axis_between(*counts) for counts in zip(volume.shape, shape, strict=True)])
 
 
-def _along(values: Float[Tensor, "*old"], axis: Axis, dim: int) -> Float[Tensor, "*new"]:
+def _along(values: Float[Tensor, "*shape"], axis: Axis, dim: int) -> Float[Tensor, "*shape2"]:
     if not axis.share.any():
         stays = len(axis.low) == axis.size == values.shape[dim]
         return values if stays else values.index_select(dim, axis.low)

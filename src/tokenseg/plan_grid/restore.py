@@ -1,4 +1,4 @@
-"""From the network's answers on the plan's grid to a mask on the scan's own grid, row by row.
+"""The way back: the network's answers on the plan grid become a mask on the scan's own grid, row by row.
 
 Answers come as rows, planes across the first axis of `GridRecord.order`, of all the scan or of a part of it. Logits are
 interpolated before the largest is taken, in the plane's part that can hold foreground only, and never more than a few

@@ -1,4 +1,4 @@
-"""What a dataset is like in numbers: shapes, spacings, intensities, labels; and the check of every file on the way.
+"""The fingerprint of a dataset: shapes, spacings, intensities, labels; and the check of every file on the way.
 
 Each case is read once. Everything that training would trip over later (unlisted label values, no foreground, images
 and labels on different grids, NaN voxels) stops here, with the case named.
@@ -26,7 +26,7 @@ from tokenseg.messages import first_few
 _SAMPLES_A_CASE = 10_000
 _LOOKED_AT = 3
 
-_Values: TypeAlias = Float[np.ndarray, "C N"]
+_Values: TypeAlias = Float[np.ndarray, "C n"]
 
 
 class Intensities(Settings):

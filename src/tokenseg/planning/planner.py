@@ -1,4 +1,4 @@
-"""From a dataset's fingerprint to a plan, by rules that a person can read; each is recorded with its numbers."""
+"""The plan that follows from a dataset's fingerprint, by rules that a person can read, each kept with its numbers."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def _plan_spacing(fingerprint: Fingerprint) -> tuple[Spacing3, _Rule]:
     return (x, y, z), _Rule("spacing_mm", words)
 
 
-def _shapes_at(fingerprint: Fingerprint, spacing_mm: Spacing3) -> Float[np.ndarray, "cases 3"]:
+def _shapes_at(fingerprint: Fingerprint, spacing_mm: Spacing3) -> Float[np.ndarray, "n 3"]:
     shapes = np.array([case.shape_vox for case in fingerprint.cases])
     spacings = np.array([case.spacing_mm for case in fingerprint.cases])
-    resampled: Float[np.ndarray, "cases 3"] = np.maximum(np.round(shapes * spacings / np.array(spacing_mm)), 1.0)
+    resampled: Float[np.ndarray, "n 3"] = np.maximum(np.round(shapes * spacings / np.array(spacing_mm)), 1.0)
     return resampled
 
 
-def _plan_window(shapes: Float[np.ndarray, "cases 3"], spacing_mm: Spacing3) -> tuple[Vox3, _Rule]:
+def _plan_window(shapes: Float[np.ndarray, "n 3"], spacing_mm: Spacing3) -> tuple[Vox3, _Rule]:
     median = [float(size) for size in np.median(shapes, axis=0)]
     enlarged = [_enlarge(size) for size in median]
     fitted = _fit_budget(enlarged, spacing_mm)
@@ -170,7 +170,7 @@ def _pooled_axes(sizes: list[int], spacings: list[float]) -> set[int]:
     return {axis for axis in long_enough if spacings[axis] <= 2 * finest}
 
 
-def _plan_whole_limit(shapes: Float[np.ndarray, "cases 3"], window_vox: Vox3) -> tuple[Vox3, _Rule]:
+def _plan_whole_limit(shapes: Float[np.ndarray, "n 3"], window_vox: Vox3) -> tuple[Vox3, _Rule]:
     largest = shapes.max(axis=0)
     x, y, z = (max(math.ceil(1.5 * window_vox[axis]), math.ceil(11 * float(largest[axis]) / 10)) for axis in range(3))
     if x * y * z <= WHOLE_BUDGET_VOX:

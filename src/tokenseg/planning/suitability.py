@@ -1,4 +1,4 @@
-"""Whether a scan is like those that a model was trained on: extent, voxels, and what kind of numbers it holds.
+"""Suitability of a scan for a model, by the scans of its training: extent, voxels, and what kind of numbers it holds.
 
 A model segments whatever it is given, and gives a mask that looks like any other. So scans far from all training
 scans get a warning that says in what they differ. They are never refused: the limits are wide, but not exact.

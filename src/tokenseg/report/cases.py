@@ -1,4 +1,4 @@
-"""Which cases a report shows, and reading them for the viewer."""
+"""The cases that a report shows: which ones, and what the viewer gets of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reports of the verbs: a training, an evaluation, a segmentation."""
+"""The reports of the commands: a training, an evaluation, a segmentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation comes to, for reading: a sentence, key figures, tables, one dot a case."""
+"""Scores of an evaluation, for reading: a sentence, key figures, tables, one dot a case."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def pack_case(view: CaseView) -> dict[str, Any]:
     }
 
 
-def _averaged(image: Float[np.ndarray, "X Y Z"], factors: Sequence[int]) -> Float[np.ndarray, "Xs Ys Zs"]:
+def _averaged(image: Float[np.ndarray, "X Y Z"], factors: Sequence[int]) -> Float[np.ndarray, "X2 Y2 Z2"]:
     """Mean over blocks of voxels; a last block that is cut by the border is the mean of what is there."""
     for axis, factor in enumerate(factors):
         if factor > 1:

@@ -1,4 +1,4 @@
-"""What a published model says of itself beyond its plan: figures with intervals, failure cases, limits, licence."""
+"""The card of a published model, beyond its plan: figures with intervals, failure cases, limits, licence."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from tokenseg.model.passes import Forward
 from tokenseg.planning.suitability import InputFacts, describe_inputs
 from tokenseg.saved_model.builtin import find_model
 from tokenseg.saved_model.card import Publication, publication_lines
+from tokenseg.saved_model.run_folder import RunFolder
 
 MakeNetwork: TypeAlias = Callable[[NetworkConfig, Plan], nn.Module]
 """Makes a network that returns a `TokenSegOutput`."""
@@ -86,7 +87,15 @@ class ModelFacts(Settings):
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network, ready to segment."""
+    """A trained network, ready to segment.
+
+    >>> from tokenseg import load_model
+    >>> model = load_model("hippocampus")
+    >>> model.facts.plan.source_channels, [label.name for label in model.facts.plan.labels]
+    (('MRI',), ['Anterior', 'Posterior'])
+    >>> model.facts.plan.spacing_mm
+    (1.0, 1.0, 1.0)
+    """
 
     network: nn.Module
     """In evaluation mode on `device`; returns a `TokenSegOutput`."""
@@ -137,9 +146,16 @@ def save_model(folder: Path, network: nn.Module, facts: ModelFacts, *, half: boo
 def load_model(path: Path | str, device: torch.device | str = "cpu", make_network: MakeNetwork = TokenSeg) -> Model:
     """Load a model folder, the model of a run folder, or a built-in model; in single precision, however stored.
 
+    Nothing is downloaded, and no code is run from the folder. The random state is left as it is.
+
+    >>> from tokenseg import load_model
+    >>> model = load_model("hippocampus")
+    >>> model.facts.name, model.network.training
+    ('hippocampus', False)
+
     Args:
         path: The folder, or the name of a built-in model.
-        device: Where the model is to compute.
+        device: Where the model is to compute; for one that torch does not have, the error is torch's.
         make_network: What the weights are for; a peer that was trained in the same pipeline brings its own.
 
     Raises:
@@ -203,11 +219,11 @@ def _find_folder(path: Path) -> Path:
             f"{path} is a file; a model is a folder with {WEIGHTS_NAME} and {FACTS_NAME} "
             "(pickled checkpoints such as .pt and .pth are never loaded)"
         )
-    folder = path if (path / FACTS_NAME).exists() or not (path / "model").is_dir() else path / "model"
+    folder = path if (path / FACTS_NAME).exists() or not RunFolder(path).model.is_dir() else RunFolder(path).model
     missing = [name for name in (FACTS_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     if len(missing) == 1:
         raise ModelError(f"model folder {folder} is incomplete: {missing[0]} is missing; copy the folder again")
-    if missing and (path / "run.json").is_file():
+    if missing and RunFolder(path).facts.is_file():
         raise ModelError(f"run {path} has no model yet; go on with it: tokenseg train DATASET {path} --resume")
     if missing:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What `segment` writes: masks in the form of their inputs, and a cohort's summary; and what it must not overwrite."""
+"""Output files of `segment`: masks in the form of their inputs, a cohort's summary; and what may not be overwritten."""
 
 from __future__ import annotations
 

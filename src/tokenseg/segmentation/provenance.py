@@ -1,4 +1,4 @@
-"""Where results come from: the conditions of a measurement, and the manifest that stands beside what was segmented."""
+"""Provenance of results: the conditions of a measurement, and the manifest that stands beside what was segmented."""
 
 from __future__ import annotations
 

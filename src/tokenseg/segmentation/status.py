@@ -1,4 +1,4 @@
-"""`status.jsonl`: what became of each case, a line each as it happens, so that a second run does only what is left.
+"""The file `status.jsonl`: what became of each case, a line each, so that a second run does only what is left.
 
 A case is done if its input, the weights and the settings are what they were, and its mask is as it was written. Each
 part of a cohort (`--shard`) has a file of its own.

@@ -67,9 +67,7 @@ def _names(right: Anatomy, left: Anatomy) -> list[TissueName]:
     return list(dict.fromkeys([*right.shares, *left.shares]))
 
 
-def _joined(
-    right: Float[np.ndarray, "half Y Z"] | None, left: Float[np.ndarray, "half Y Z"] | None, overlap: int
-) -> Field:
+def _joined(right: Float[np.ndarray, "n Y Z"] | None, left: Float[np.ndarray, "n Y Z"] | None, overlap: int) -> Field:
     """Put the halves side by side (voxels run from right to left), the overlap going evenly from one to the other."""
     empty = np.zeros_like(next(half for half in (right, left) if half is not None))
     right, left = (empty if half is None else half for half in (right, left))

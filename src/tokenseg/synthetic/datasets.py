@@ -1,7 +1,7 @@
-"""A seeded synthetic cohort of breast DCE-MRI exams on disk: three datasets in the MAMA-MIA layout.
+"""Datasets of synthetic exams on disk: up to three folders in the MAMA-MIA layout, from one seed.
 
-An exam depends on the seed, its part and its number alone, so cohorts of different sizes share exams, and an
-interrupted cohort goes on where it was.
+An exam depends on the seed, its part and its number alone, so a small part is the beginning of a larger one, and an
+interrupted call goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tokenseg.config import CohortOptions
+from tokenseg.config import SyntheticOptions
 from tokenseg.datasets.dataset_json import read_json
 from tokenseg.datasets.mamamia import LESIONS_NAME
 from tokenseg.errors import ConfigError, FileError
@@ -27,7 +27,8 @@ from tokenseg.synthetic.scanner import CentreName
 
 PartName: TypeAlias = Literal["train", "test", "external"]
 
-COHORT_NAME = "cohort.json"
+MARKER_NAME = "cohort.json"
+"""Seed and version of the exams in a folder. The name is older than the command's, and stays for older folders."""
 README_NAME = "README.txt"
 VERSION = 1
 """Of the exams: another number means other images from the same seed."""
@@ -53,8 +54,8 @@ _PARTS: dict[PartName, _Part] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartFacts:
-    """One dataset of a cohort."""
+class WrittenPart:
+    """One dataset: the exams of one part."""
 
     name: PartName
     folder: Path
@@ -66,16 +67,16 @@ class PartFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CohortFacts:
-    """What a cohort holds; parts that were asked for with no exam are left out."""
+class WrittenDatasets:
+    """The datasets of one folder; parts that were asked for with no exam are left out."""
 
     folder: Path
     seed: int
-    parts: tuple[PartFacts, ...]
+    parts: tuple[WrittenPart, ...]
 
 
-def write_cohort(folder: Path, options: CohortOptions, progress: Progress | None = None) -> CohortFacts:
-    """Write a cohort: datasets `train`, `test` and `external` with images, reference masks and `lesions.json`.
+def write_datasets(folder: Path, options: SyntheticOptions, progress: Progress | None = None) -> WrittenDatasets:
+    """Write synthetic exams: datasets `train`, `test` and `external` with images, reference masks and `lesions.json`.
 
     Exams that are there already, from the same seed, are kept as they are. Each exam takes about half a second, a whole
     one about ten.
@@ -86,8 +87,8 @@ def write_cohort(folder: Path, options: CohortOptions, progress: Progress | None
         progress: Told of every exam.
 
     Raises:
-        ConfigError: A number is out of range, or the folder holds a cohort of another seed or version.
-        FileError: The folder holds files that are no part of this cohort, or cannot be written.
+        ConfigError: A number is out of range, or the folder holds exams of another seed or version.
+        FileError: The folder holds files that are not of these exams, or cannot be written.
     """
     options.check()
     progress = progress or Silent()
@@ -96,7 +97,7 @@ def write_cohort(folder: Path, options: CohortOptions, progress: Progress | None
     counts = {name: getattr(options, name) for name in _PARTS if getattr(options, name)}
     progress.stage("synthetic exams", sum(counts.values()))
     parts = [_write_part(folder, name, count, options, progress) for name, count in counts.items()]
-    return CohortFacts(folder=folder, seed=options.seed, parts=tuple(parts))
+    return WrittenDatasets(folder=folder, seed=options.seed, parts=tuple(parts))
 
 
 def count_lesions(seed: int, part: PartName, number: int) -> int:
@@ -111,9 +112,9 @@ def count_lesions(seed: int, part: PartName, number: int) -> int:
     return 2 if place > 1 - _WITH_TWO else 1
 
 
-def _claim(folder: Path, options: CohortOptions) -> None:
-    """Check that the folder is empty or holds a part of this very cohort, and mark it as ours."""
-    marker = folder / COHORT_NAME
+def _claim(folder: Path, options: SyntheticOptions) -> None:
+    """Check that the folder is empty or holds some of these very exams, and mark it as ours."""
+    marker = folder / MARKER_NAME
     is_ours = marker.is_file()
     if is_ours:
         _check_same(marker, options)
@@ -122,18 +123,18 @@ def _claim(folder: Path, options: CohortOptions) -> None:
     foreign = sorted(_visible_files(folder) - (set(_expected_files(options)) if is_ours else set()))
     if foreign:
         raise FileError(
-            f"{folder} holds files that are no part of this cohort: {first_few(foreign)}; "
+            f"{folder} holds files that are not of these exams: {first_few(foreign)}; "
             "name an empty folder, or ask for at least as many exams as it has"
         )
     write_atomically(marker, _json({"notice": NOTICE, "seed": options.seed, "version": VERSION} | _kind(options)))
     write_atomically(folder / README_NAME, _readme(options.seed).encode())
 
 
-def _kind(options: CohortOptions) -> dict[str, bool]:
+def _kind(options: SyntheticOptions) -> dict[str, bool]:
     return {"whole": True} if options.whole else {}
 
 
-def _check_same(marker: Path, options: CohortOptions) -> None:
+def _check_same(marker: Path, options: SyntheticOptions) -> None:
     found = read_json(marker)
     is_whole = isinstance(found, dict) and found.get("whole", False)
     if is_whole != options.whole:
@@ -146,7 +147,7 @@ def _check_same(marker: Path, options: CohortOptions) -> None:
         given = found.get(key) if isinstance(found, dict) else None
         if given != wanted:
             raise ConfigError(
-                f"{marker.parent} holds a cohort of {key} {given}, asked for is {key} {wanted}; name another folder"
+                f"{marker.parent} holds exams of {key} {given}, asked for is {key} {wanted}; name another folder"
             )
 
 
@@ -155,21 +156,21 @@ def _visible_files(folder: Path) -> set[str]:
     return {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
 
 
-def _expected_files(options: CohortOptions) -> Iterator[str]:
-    yield from (COHORT_NAME, README_NAME)
+def _expected_files(options: SyntheticOptions) -> Iterator[str]:
+    yield from (MARKER_NAME, README_NAME)
     for part in _PARTS:
         yield from (f"{part}/{name}" for name in (README_NAME, LESIONS_NAME))
         for number in range(getattr(options, part)):
             paths = _exam_paths(Path(part), _exam_id(part, number))
-            yield from (path.as_posix() for path in (*paths.phases, paths.mask, paths.facts))
+            yield from (path.as_posix() for path in (*paths.phases, paths.mask, paths.record))
 
 
 class _ExamPaths(NamedTuple):
-    """Files of an exam; the facts are written last, so where they are the exam is complete."""
+    """Files of an exam; the record is written last, so where it is the exam is complete."""
 
     phases: tuple[Path, ...]
     mask: Path
-    facts: Path
+    record: Path
 
 
 def _exam_id(part: PartName, number: int) -> str:
@@ -180,28 +181,28 @@ def _exam_paths(root: Path, exam_id: str) -> _ExamPaths:
     return _ExamPaths(
         phases=tuple(root / "images" / exam_id / f"{exam_id}_{phase:04d}.nii.gz" for phase in range(NUM_PHASES)),
         mask=root / "segmentations" / "expert" / f"{exam_id}.nii.gz",
-        facts=root / "patient_info_files" / f"{exam_id}.json",
+        record=root / "patient_info_files" / f"{exam_id}.json",
     )
 
 
-def _write_part(folder: Path, name: PartName, count: int, options: CohortOptions, progress: Progress) -> PartFacts:
+def _write_part(folder: Path, name: PartName, count: int, options: SyntheticOptions, progress: Progress) -> WrittenPart:
     root, seed = folder / name, options.seed
     records: list[dict[str, Any]] = []
     num_made = 0
     for number in range(count):
         exam_id = _exam_id(name, number)
         paths = _exam_paths(root, exam_id)
-        is_there = all(path.is_file() for path in (*paths.phases, paths.mask, paths.facts))
+        is_there = all(path.is_file() for path in (*paths.phases, paths.mask, paths.record))
         if not is_there:
             _write_exam(paths, exam_id, _draw_exam(name, number, options))
             num_made += 1
-        records.append(_read_record(paths.facts))
+        records.append(_read_record(paths.record))
         progress.advance(f"{name}/{exam_id}")
-    facts = {"notice": NOTICE, "seed": seed, "version": VERSION}
-    write_atomically(root / LESIONS_NAME, _json(facts | _kind(options) | {"exams": records}))
+    head = {"notice": NOTICE, "seed": seed, "version": VERSION}
+    write_atomically(root / LESIONS_NAME, _json(head | _kind(options) | {"exams": records}))
     write_atomically(root / README_NAME, _readme(seed).encode())
     num_lesions = [len(record["lesions"]) for record in records]
-    return PartFacts(
+    return WrittenPart(
         name=name,
         folder=root,
         num_exams=count,
@@ -211,7 +212,7 @@ def _write_part(folder: Path, name: PartName, count: int, options: CohortOptions
     )
 
 
-def _draw_exam(part: PartName, number: int, options: CohortOptions) -> Exam:
+def _draw_exam(part: PartName, number: int, options: SyntheticOptions) -> Exam:
     rng = np.random.default_rng((options.seed, _PARTS[part].stream, number))
     num_lesions = count_lesions(options.seed, part, number)
     return make_exam(rng, _PARTS[part].centre, num_lesions, whole=options.whole)
@@ -222,7 +223,7 @@ def _write_exam(paths: _ExamPaths, exam_id: str, exam: Exam) -> None:
     for path, phase in zip(paths.phases, phases, strict=True):
         write_volume(path, phase)
     write_mask(paths.mask, exam.mask, phases[0])
-    write_atomically(paths.facts, _json(_record(exam, exam_id)))
+    write_atomically(paths.record, _json(_record(exam, exam_id)))
 
 
 def _record(exam: Exam, exam_id: str) -> dict[str, object]:
@@ -258,5 +259,5 @@ def _readme(seed: int) -> str:
 Breast DCE-MRI exams simulated by TokenSeg, version {VERSION}, seed {seed}, in the folder layout of MAMA-MIA:
 images/ID/ID_0000.nii.gz before contrast agent, _0001 and _0002 after it, segmentations/expert/ID.nii.gz the lesions.
 {LESIONS_NAME} lists the lesions of every exam; diameters are of the ball of the same volume.
-What is simulated, from which sources, and what is not: docs/synthetic-cohort.md of TokenSeg.
+What is simulated, from which sources, and what is not: docs/synthetic.md of TokenSeg.
 """

@@ -45,11 +45,11 @@ _FOCUS_MM = 1.4
 _FOCUS_UPTAKE = 3.0
 
 _Nipples: TypeAlias = dict[Literal["left", "right"], Triple]
-Voxels: TypeAlias = Float[np.ndarray, " voxels"]
+Voxels: TypeAlias = Float[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LesionFacts:
+class LesionRecord:
     """One lesion as it stands in the images."""
 
     diameter_mm: float
@@ -78,7 +78,7 @@ class Exam:
     mask: UInt8[np.ndarray, "X Y Z"]
     affine: Affine
     protocol: Protocol
-    lesions: tuple[LesionFacts, ...]
+    lesions: tuple[LesionRecord, ...]
 
 
 class _Enhancing(NamedTuple):
@@ -125,7 +125,7 @@ def make_exam(rng: np.random.Generator, centre: CentreName, num_lesions: int, *,
         mask=_mask(maps, grid),
         affine=affine,
         protocol=protocol,
-        lesions=tuple(_facts(lesion, one, grid, affine) for lesion, one in zip(lesions, maps, strict=True)),
+        lesions=tuple(_record(lesion, one, grid, affine) for lesion, one in zip(lesions, maps, strict=True)),
     )
 
 
@@ -218,10 +218,10 @@ def _draw_origin(rng: np.random.Generator, grid: ScanGrid) -> Triple:
     return x, y, z
 
 
-def _facts(lesion: Lesion, maps: LesionMaps, grid: ScanGrid, affine: Affine) -> LesionFacts:
+def _record(lesion: Lesion, maps: LesionMaps, grid: ScanGrid, affine: Affine) -> LesionRecord:
     index = np.array(lesion.centre_mm) / grid.spacing_mm - 0.5
     x, y, z = (round(float(value), 2) for value in affine[:3, :3] @ index + affine[:3, 3])
-    return LesionFacts(
+    return LesionRecord(
         diameter_mm=round(lesion.diameter_mm, 2),
         volume_ml=round(float(maps.share.sum(dtype=np.float64)) * grid.voxel_ml, 4),
         shape=lesion.shape,

@@ -94,12 +94,12 @@ def smooth_noise(rng: np.random.Generator, grid: ScanGrid, length_mm: float | Tr
     return values
 
 
-def _spline_weights(size: int, spacing_mm: float, length_mm: float) -> Float[np.ndarray, "size nodes"]:
+def _spline_weights(size: int, spacing_mm: float, length_mm: float) -> Float[np.ndarray, "n m"]:
     position = (np.arange(size) + 0.5) * spacing_mm / length_mm
     nodes = np.arange(-1, math.floor(position[-1]) + 3)
     distance = np.abs(position[:, None] - nodes)
     near = 2 / 3 - distance**2 + distance**3 / 2
     far = np.maximum(2 - distance, 0) ** 3 / 6
     weights = np.where(distance < 1, near, far)
-    scaled: Float[np.ndarray, "size nodes"] = weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))
+    scaled: Float[np.ndarray, "n m"] = weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))
     return scaled.astype(np.float32)

@@ -1,4 +1,4 @@
-"""What contrast agent does to the signal: arterial input, exchange with tissue, relaxation, spoiled gradient echo.
+"""Contrast agent in the signal: arterial input, exchange with tissue, relaxation, spoiled gradient echo.
 
 Sources: arterial input, Parker et al. 2006 (Magn Reson Med 56:993); exchange, extended Tofts model, Tofts et al. 1999
 (J Magn Reson Imaging 10:223); relaxivity of gadopentetate in plasma, Rohrer et al. 2005 (Invest Radiol 40:715); T1 of
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 TissueName: TypeAlias = Literal["fat", "gland", "muscle", "heart", "liver", "blood", "skin", "bone", "lesion"]
-Curve: TypeAlias = Float[np.ndarray, " times"]
+Curve: TypeAlias = Float[np.ndarray, " n"]
 
 HAEMATOCRIT = 0.42
 RELAXIVITY_PER_MM_S: dict[float, float] = {1.5: 4.1, 3.0: 3.7}

@@ -19,7 +19,7 @@ from tokenseg.synthetic.kinetics import Exchange
 
 LesionShape: TypeAlias = Literal["lobulated", "spiculated"]
 Uptake: TypeAlias = Literal["rim", "heterogeneous"]
-Points: TypeAlias = Float[np.ndarray, "points 3"]
+Points: TypeAlias = Float[np.ndarray, "n 3"]
 
 SMALLEST_MM, LARGEST_MM = 5.0, 40.0
 _SMALL_MM = 10.0

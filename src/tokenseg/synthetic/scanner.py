@@ -1,4 +1,4 @@
-"""From ideal signal to the file of a scanner: coil shading, motion between phases, complex noise, whole numbers.
+"""The simulated scanner: ideal signal in, stored numbers out; coil shading, motion between phases, complex noise.
 
 Noise in magnitude images follows Rice's distribution (Gudbjartsson and Patz 1995, Magn Reson Med 34:910).
 """

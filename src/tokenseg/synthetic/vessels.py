@@ -27,8 +27,8 @@ class Vessel:
         radius_mm: Radius at each point.
     """
 
-    line_mm: Float[np.ndarray, "points 3"]
-    radius_mm: Float[np.ndarray, " points"]
+    line_mm: Float[np.ndarray, "n 3"]
+    radius_mm: Float[np.ndarray, " n"]
 
 
 def draw_vessels(rng: np.random.Generator, anatomy: Anatomy, side: Literal["left", "right"]) -> tuple[Vessel, ...]:
@@ -98,7 +98,7 @@ def _wriggle(
     return Vessel(line, np.interp(along[:, 0], (0, 1), radius_mm))
 
 
-def _points_inside(rng: np.random.Generator, vessel: Vessel, point_mm3: float) -> Float[np.ndarray, "points 3"]:
+def _points_inside(rng: np.random.Generator, vessel: Vessel, point_mm3: float) -> Float[np.ndarray, "n 3"]:
     """Points spread evenly over the volume: as many a piece as it holds multiples of `point_mm3`, in random discs."""
     steps = np.gradient(vessel.line_mm, axis=0)
     lengths = np.linalg.norm(steps, axis=1)
@@ -112,7 +112,7 @@ def _points_inside(rng: np.random.Generator, vessel: Vessel, point_mm3: float) -
     radius = (vessel.radius_mm[pieces] * np.sqrt(rng.random(len(pieces))))[:, None]
     angle = rng.uniform(0, 2 * np.pi, (len(pieces), 1))
     forwards = rng.uniform(-0.5, 0.5, (len(pieces), 1)) * steps[pieces]
-    points: Float[np.ndarray, "points 3"] = (
+    points: Float[np.ndarray, "n 3"] = (
         vessel.line_mm[pieces] + forwards + radius * (np.cos(angle) * across + np.sin(angle) * upright)
     )
     return points

@@ -1,1 +1,1 @@
-"""What the tokenizer did with a case: which tokens it kept, where they lie, and pictures of them."""
+"""The tokens of a case: which ones the tokenizer kept, where they lie, and pictures of them."""

@@ -1,4 +1,4 @@
-"""How near the kept tokens lie to a boundary: the paper's "over 60 % of the kept lie near the tumour boundary".
+"""Nearness of kept tokens to a boundary: the paper's "over 60 % of the kept lie near the tumour boundary".
 
 The paper does not define near. Here a token is near when its cell meets the surface dilated by a radius in mm. Cells
 are large and the share alone says little, so it comes with three companions: the base rate over all candidates, the

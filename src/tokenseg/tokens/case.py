@@ -139,7 +139,7 @@ def _find_places(corners: Sequence[Corner], record: GridRecord, plan: Plan) -> l
     return places
 
 
-def _edges(first: int, firsts: Sequence[int], length: int, count: int) -> Float[np.ndarray, " E"]:
+def _edges(first: int, firsts: Sequence[int], length: int, count: int) -> Float[np.ndarray, " n"]:
     """Ends of the even shares of a window along an axis, trimmed half-way to where its neighbours begin or end."""
     if not firsts:
         return np.linspace(first, first + length, count + 1)

@@ -218,14 +218,14 @@ def _tiles(report: TokenReport, plane: _Plane) -> Iterator[_Tile]:
         yield _Tile(float(left), float(bottom), float(width), float(height), level, score, crossed)
 
 
-def _cells(report: TokenReport, plane: _Plane) -> Float[np.ndarray, "M 2 2"]:
+def _cells(report: TokenReport, plane: _Plane) -> Float[np.ndarray, "n 2 2"]:
     """Corners of the places in a slice, each once."""
     chosen = _in_slice(report, plane) & (report.tokens.level == 0)
-    cells: Float[np.ndarray, "M 2 2"] = report.tokens.cells_vox[chosen][:, :, [plane.horizontal, plane.vertical]]
+    cells: Float[np.ndarray, "n 2 2"] = report.tokens.cells_vox[chosen][:, :, [plane.horizontal, plane.vertical]]
     return cells
 
 
-def _outline(axes: Axes, cells: Float[np.ndarray, "M 2 2"]) -> None:
+def _outline(axes: Axes, cells: Float[np.ndarray, "n 2 2"]) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -287,7 +287,7 @@ def _draw_contours(axes: Axes, report: TokenReport, plane: _Plane) -> None:
     _draw_contour(axes, np.take(report.tokens.prediction, index, axis=plane.normal), _PREDICTION_COLOUR, "dashed")
 
 
-def _draw_contour(axes: Axes, mask: Bool[np.ndarray, "H V"], colour: str, style: str) -> None:
+def _draw_contour(axes: Axes, mask: Bool[np.ndarray, "_ _"], colour: str, style: str) -> None:
     from matplotlib.patheffects import withStroke
 
     if not mask.any():

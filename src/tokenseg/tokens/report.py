@@ -1,4 +1,4 @@
-"""What the tokenizer did with one case: which of its candidate tokens were kept, how near to a boundary, and why.
+"""The report on the tokens of one case: which candidates were kept, how near to a boundary, and why.
 
 Made by `tokenseg.tokens.find`; printed (`describe_tokens`), written (`write_json`) or drawn
 (`tokenseg.tokens.picture`).
@@ -220,7 +220,7 @@ def _near_lines(summary: TokenSummary) -> list[str]:
     return lines
 
 
-def _mean(values: Float[np.ndarray, " M"]) -> float:
+def _mean(values: Float[np.ndarray, " n"]) -> float:
     return float(values.mean(dtype=np.float64)) if values.size else float("nan")
 
 

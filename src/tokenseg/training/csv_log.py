@@ -1,4 +1,4 @@
-"""`log.csv`: one row a step."""
+"""The training log `log.csv`: one row a step."""
 
 from __future__ import annotations
 

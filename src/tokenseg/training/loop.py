@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from tokenseg.model.network import TokenSeg
 from tokenseg.outputs import outputs_of
 from tokenseg.processes import mean_over_processes
 from tokenseg.progress import Progress
+from tokenseg.saved_model.run_folder import RunFolder
 from tokenseg.training.batches import Batch, TrainingBatches
 from tokenseg.training.cache import PreparedCase
 from tokenseg.training.csv_log import CsvLog
@@ -34,7 +34,6 @@ from tokenseg.training.losses import LossParts, training_loss
 from tokenseg.training.state import SavedStep, load_state, save_state
 from tokenseg.training.tensorboard_log import open_tensorboard, write_row
 
-STATE_NAME, LOG_NAME = "state.safetensors", "log.csv"
 QUICK_CASES, QUICK_WINDOWS = 8, 200
 SAVE_SECONDS = 30.0
 TIMED_STEPS, TIMED_SECONDS = 12, 20.0
@@ -49,7 +48,7 @@ class Fit:
     config: TrainConfig
     batches: TrainingBatches
     validation: Sequence[PreparedCase]
-    folder: Path
+    run: RunFolder
     progress: Progress
     save_weights: Callable[[nn.Module], None]
     """Called after each validation with the current weights."""
@@ -64,7 +63,7 @@ def fit(run: Fit, network: nn.Module, total_steps: int) -> None:
     """
     optimizer = build_optimizer(network, run.config)
     module, wrapped = run.fabric.setup(network, optimizer)
-    state = run.folder / STATE_NAME
+    state = run.run.state
     saved = load_state(state, network, optimizer) if state.exists() else SavedStep(0, 0.0)
     run.progress.stage("training", total_steps, saved.step)
     network.train()
@@ -99,10 +98,8 @@ class _Keeper:
 
     def __init__(self, run: Fit, network: nn.Module, optimizer: Optimizer, first_step: int) -> None:
         self._run, self._network, self._optimizer = run, network, optimizer
-        self._csv_log = CsvLog(run.folder / LOG_NAME, first_step) if run.fabric.is_global_zero else None
-        self._tensorboard = (
-            open_tensorboard(run.folder / "tensorboard", first_step) if run.fabric.is_global_zero else None
-        )
+        self._csv_log = CsvLog(run.run.log, first_step) if run.fabric.is_global_zero else None
+        self._tensorboard = open_tensorboard(run.run.tensorboard, first_step) if run.fabric.is_global_zero else None
         self._last_save = time.monotonic()
 
     def keep(self, row: dict[str, float | int | str], saved: SavedStep, *, weights: bool) -> None:
@@ -117,7 +114,7 @@ class _Keeper:
     def save(self, saved: SavedStep, *, weights: bool) -> None:
         """Save the state, and the weights if asked."""
         if self._csv_log is not None:
-            save_state(self._run.folder / STATE_NAME, self._network, self._optimizer, saved)
+            save_state(self._run.run.state, self._network, self._optimizer, saved)
             if weights:
                 self._run.save_weights(self._network)
         self._last_save = time.monotonic()

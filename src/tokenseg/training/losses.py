@@ -81,8 +81,8 @@ def training_loss(
 
 
 def coarse_targets(
-    targets: Targets, logits: Float[Tensor, "B L x y z"], stride: tuple[int, int, int]
-) -> Float[Tensor, "B L x y z"]:
+    targets: Targets, logits: Float[Tensor, "B L Xl Yl Zl"], stride: tuple[int, int, int]
+) -> Float[Tensor, "B L Xl Yl Zl"]:
     """Fractions of each label in the voxels of a coarser map; voxels beyond the window count as nothing at all."""
     coarse = zip(logits.shape[2:], stride, targets.shape[2:], strict=True)
     missing = [size * factor - length for size, factor, length in coarse]

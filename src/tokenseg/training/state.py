@@ -1,4 +1,4 @@
-"""What a killed run needs to go on: one safetensors file, replaced as a whole."""
+"""State of a run, from which a killed one goes on: one safetensors file, replaced as a whole."""
 
 from __future__ import annotations
 

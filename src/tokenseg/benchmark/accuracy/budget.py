@@ -1,4 +1,4 @@
-"""How `tokenseg benchmark accuracy` is asked for; light, so that the command line can show it without torch."""
+"""Options of `tokenseg benchmark accuracy`; light, so that the command line can show them without torch."""
 
 from __future__ import annotations
 

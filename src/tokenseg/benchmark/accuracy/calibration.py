@@ -1,4 +1,4 @@
-"""How long a training step of each network takes, measured in turn, so that a drift of the machine meets all alike.
+"""Times of a training step of each network, measured in turn, so that a drift of the machine meets all alike.
 
     calibration.json   seconds a step of the reference network, and of each network as a ratio to it; all rounds
 

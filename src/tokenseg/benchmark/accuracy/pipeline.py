@@ -1,4 +1,4 @@
-"""What all networks of a benchmark share: dataset, plan, prepared cases, and how one of them is trained."""
+"""The part that all networks of a benchmark share: dataset, plan, prepared cases, and the training of one of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ from tokenseg.benchmark.accuracy.calibration import Build
 from tokenseg.benchmark.accuracy.variants import VARIANTS, count_parameters
 from tokenseg.benchmark.peers import PEERS, make_peer
 from tokenseg.config import (
-    PRESETS,
     NetworkConfig,
     Plan,
     RunConfig,
     TrainOptions,
-    build_run_config,
     read_overrides,
     read_run_config,
     write_run_config,
@@ -33,19 +31,17 @@ from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import check_writable, write_atomically
 from tokenseg.messages import first_few
-from tokenseg.planning.fingerprint import take_fingerprint
-from tokenseg.planning.planner import make_plan
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.checkpoint import MakeNetwork
-from tokenseg.training.augment import build_augmentation, leave_unchanged
-from tokenseg.training.batches import TrainingBatches
-from tokenseg.training.cache import PreparedCase, prepare_cases
+from tokenseg.saved_model.run_folder import RunFolder
 from tokenseg.training.csv_log import read_log
+from tokenseg.training.fold import prepare_fold
 from tokenseg.training.launch import open_fabric
-from tokenseg.training.loop import LOG_NAME, Fit
+from tokenseg.training.loop import Fit
+from tokenseg.training.setup import plan_dataset
 from tokenseg.training.train import TrainResult, train
 
-_SETTINGS_NAME, _CONFIG_NAME, _CACHE_NAME = "benchmark.json", "config.toml", "cache"
+_SETTINGS_NAME = "benchmark.json"
 
 
 @dataclass(frozen=True)
@@ -115,11 +111,9 @@ def open_pipeline(dataset_path: Path, folder: Path, options: AccuracyOptions, pr
             raise ConfigError(f"--{option} {fold}: the dataset has folds 0 to {len(splits) - 1}")
     overrides = read_overrides(options.config) if options.config else {}
     _check_same(folder, dataset, overrides, options)
-    path = folder / _CONFIG_NAME
+    path = RunFolder(folder).config
     if not path.exists():
-        progress.stage("reading", len(dataset.cases))
-        fingerprint = take_fingerprint(dataset, lambda done, _: progress.advance(dataset.cases[done - 1].case_id))
-        write_run_config(path, build_run_config(make_plan(dataset, fingerprint), PRESETS["small"], overrides))
+        write_run_config(path, plan_dataset(dataset, "small", overrides, progress)[0])
     torch.set_num_threads(options.threads)
     device = choose_device("auto")
     return Pipeline(dataset, folder, overrides, read_run_config(path), splits, options.threads, device)
@@ -127,17 +121,15 @@ def open_pipeline(dataset_path: Path, folder: Path, options: AccuracyOptions, pr
 
 def prepare(pipeline: Pipeline, fold: int, progress: Progress) -> Fit:
     """Prepare the cases of a fold, once for all networks, and give what a training step on it needs."""
-    split, config = pipeline.splits[fold], pipeline.config
-    chosen = {*split.train, *split.val}
-    cases = tuple(case for case in pipeline.dataset.cases if case.case_id in chosen)
-    prepared = prepare_cases(pipeline.dataset, cases, config.plan, pipeline.folder / _CACHE_NAME, progress)
+    split, config, run = pipeline.splits[fold], pipeline.config, RunFolder(pipeline.folder)
+    prepared = prepare_fold(pipeline.dataset, split, config, run.cache, progress)
     return Fit(
         fabric=open_fabric(pipeline.device),
         plan=config.plan,
         config=config.train,
-        batches=_batches([prepared[case_id] for case_id in split.train], config),
+        batches=prepared.batches(config, seed=0),
         validation=[],
-        folder=pipeline.folder,
+        run=run,
         progress=progress,
         save_weights=lambda _: None,
     )
@@ -179,7 +171,7 @@ def train_network(pipeline: Pipeline, training: Training, run: Path, progress: P
         resume=True,
     )
     result = train(pipeline.dataset.root, run, options, _Muffled(progress), make)
-    seconds = sum(float(row["seconds"]) for row in read_log(run / LOG_NAME))
+    seconds = sum(float(row["seconds"]) for row in read_log(RunFolder(run).log))
     return Trained(result, num_parameters[0], seconds)
 
 
@@ -206,7 +198,7 @@ def _check_same(folder: Path, dataset: Dataset, overrides: dict[str, dict[str, A
     }
     path = folder / _SETTINGS_NAME
     if not path.exists():
-        ours = {_SETTINGS_NAME, _CACHE_NAME}
+        ours = {_SETTINGS_NAME, RunFolder(folder).cache.name}
         foreign = sorted(each.name for each in folder.glob("[!.]*") if each.name not in ours)
         if foreign:
             raise ConfigError(
@@ -249,15 +241,10 @@ def _write_overrides(pipeline: Pipeline, training: Training, run: Path) -> Path:
 
 def _share_cache(pipeline: Pipeline, run: Path) -> None:
     """Let a run use the cases that are prepared already; where links are not allowed it prepares its own."""
-    link = run / _CACHE_NAME
+    link = RunFolder(run).cache
     run.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         try:
-            link.symlink_to((pipeline.folder / _CACHE_NAME).resolve(), target_is_directory=True)
+            link.symlink_to(RunFolder(pipeline.folder).cache.resolve(), target_is_directory=True)
         except OSError:  # pragma: no cover - windows
             return
-
-
-def _batches(cases: list[PreparedCase], config: RunConfig) -> TrainingBatches:
-    augment = build_augmentation(config.plan) if config.train.augment else leave_unchanged
-    return TrainingBatches(cases, config.plan, config.train.foreground_fraction, augment, (0, 0))

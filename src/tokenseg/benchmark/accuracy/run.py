@@ -1,4 +1,4 @@
-"""`tokenseg benchmark accuracy`: several networks through one pipeline, under the same budget.
+"""The work of `tokenseg benchmark accuracy`: several networks through one pipeline, under the same budget.
 
 OUT/
   benchmark.json, config.toml   what all networks share; they differ in network and learning rate alone
@@ -51,8 +51,8 @@ from tokenseg.errors import FileError, TrainingError
 from tokenseg.evaluation.evaluate import Evaluation
 from tokenseg.files import write_atomically
 from tokenseg.progress import Progress, Silent
+from tokenseg.saved_model.run_folder import RunFolder
 from tokenseg.segmentation.provenance import commit
-from tokenseg.training.loop import STATE_NAME
 
 LEARNING_RATES = (2e-3, 5e-4)
 _CHOOSING_SEED = 0
@@ -158,7 +158,7 @@ def _result(benchmark: _Benchmark, network: str, seed: int) -> tuple[Row, list[R
         trained = train_network(benchmark.pipeline, training, run, benchmark.progress)
         row, cases = _rows(benchmark, training, trained)
         write_atomically(path, (json.dumps({"row": row, "cases": cases}, indent=1) + "\n").encode())
-        (run / STATE_NAME).unlink(missing_ok=True)
+        RunFolder(run).state.unlink(missing_ok=True)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return dict(found["row"]), list(found["cases"])
@@ -181,7 +181,7 @@ def _learning_rate(benchmark: _Benchmark, network: str) -> float:
         rows = [row | {"chosen": "yes" if row is best else "no"} for row in tried]
         write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
         for rate in LEARNING_RATES:
-            (_choosing_run(benchmark, network, rate) / STATE_NAME).unlink(missing_ok=True)
+            RunFolder(_choosing_run(benchmark, network, rate)).state.unlink(missing_ok=True)
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         chosen = next(float(row["learning_rate"]) for row in rows if row["chosen"] == "yes")
@@ -196,15 +196,15 @@ def _try_rate(benchmark: _Benchmark, network: str, rate: float) -> Row:
     steps = options.budget.num_choosing_steps(benchmark.calibration.step_seconds.get(network))
     training = Training(network, options.choosing_fold, _CHOOSING_SEED, steps, rate)
     benchmark.progress.message(f"{network}: trying learning rate {rate:g} for {steps} steps")
-    facts = {"steps": str(steps), "learning_rate": f"{rate:g}", "dice": "", "chosen": "", "error": ""}
+    found = {"steps": str(steps), "learning_rate": f"{rate:g}", "dice": "", "chosen": "", "error": ""}
     try:
         run = _choosing_run(benchmark, network, rate)
         trained = train_network(benchmark.pipeline, training, run, benchmark.progress)
         dice = mean_interval(case_means(_scores(trained.result.evaluation, _CHOOSING_SEED))).mean
-        facts["dice"] = "" if math.isnan(dice) else f"{dice:.6f}"
+        found["dice"] = "" if math.isnan(dice) else f"{dice:.6f}"
     except FAULTS as error:
-        facts["error"] = network_fault(error)
-    return _shared(benchmark, network, options.choosing_fold, _CHOOSING_SEED) | facts
+        found["error"] = network_fault(error)
+    return _shared(benchmark, network, options.choosing_fold, _CHOOSING_SEED) | found
 
 
 def _choosing_run(benchmark: _Benchmark, network: str, rate: float) -> Path:

@@ -1,4 +1,4 @@
-"""What a user waits for: a scan from file to mask file, stage by stage."""
+"""Times of a whole segmentation: a scan from file to mask file, stage by stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a work needs, and a child process that may not need more than there is.
+"""Memory of a work: the most that it held, and a child process that is ended where it takes more than a limit.
 
 Only Linux says how much a process has used at most; elsewhere there is no figure, and no limit.
 """

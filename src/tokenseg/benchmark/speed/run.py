@@ -1,4 +1,4 @@
-"""`tokenseg benchmark speed`: every network on every cube, a row as soon as it is known.
+"""The work of `tokenseg benchmark speed`: every network on every cube, a row as soon as it is known.
 
 What is compared is always under the same conditions: the reference network runs in turn with the other one, in the same
 process, at the same precision, in the same engine.

@@ -1,4 +1,4 @@
-"""Speed rows as a person reads them."""
+"""Tables of speed rows, for people to read."""
 
 from __future__ import annotations
 

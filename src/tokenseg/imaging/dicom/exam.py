@@ -1,4 +1,4 @@
-"""From a DICOM study to a scan: which series is which channel.
+"""The scan in a DICOM study: which series is which channel.
 
 What was not asked for is never guessed: where two series could be meant, the list of them is the error.
 """

@@ -1,4 +1,4 @@
-"""From slices to a grid: order and affine of DICOM slices from their positions, and every reason why there is none.
+"""The grid of DICOM slices: order and affine from their positions, and every reason why there is none.
 
 InstanceNumber counts in whatever direction the scanner liked; only ImagePositionPatient, projected on the normal of the
 slices, says where a slice is.
@@ -18,7 +18,7 @@ from tokenseg.errors import GeometryError
 from tokenseg.messages import times
 from tokenseg.shapes import LPS_TO_RAS, Affine
 
-Vector: TypeAlias = Float[np.ndarray, "3"]
+Vector: TypeAlias = Float[np.ndarray, " 3"]
 
 DIRECTION_TOLERANCE = 1e-4
 SPACING_TOLERANCE_MM = 1e-3
@@ -139,7 +139,7 @@ def _distinct(spacings: Sequence[tuple[float, float]]) -> set[str]:
     return {times(each) for each in (first, *other)}
 
 
-def _check_distances(heights: Float[np.ndarray, " N"]) -> None:
+def _check_distances(heights: Float[np.ndarray, " n"]) -> None:
     steps = np.diff(heights)
     if len(steps) == 0:
         return
@@ -177,7 +177,7 @@ def _check_tilt(step: Vector, normal: Vector) -> None:
         )
 
 
-def _check_line(positions: Float[np.ndarray, "N 3"], step: Vector) -> None:
+def _check_line(positions: Float[np.ndarray, "n 3"], step: Vector) -> None:
     """Each slice where an even grid has it; small steps of one kind may add up, and one slice may lie aside."""
     away = np.linalg.norm(positions - (positions[0] + np.arange(len(positions))[:, None] * step), axis=1)
     allowed = max(LINE_TOLERANCE_MM, LINE_TOLERANCE * float(np.linalg.norm(step)))
