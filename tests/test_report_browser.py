@@ -21,7 +21,8 @@ from tokenseg.report.markup import Html
 from tokenseg.report.page import NOTICE, write_page
 from tokenseg.report.reports import train_report
 from tokenseg.report.scores import evaluation_lead, evaluation_section
-from tokenseg.report.viewer import CaseView, TokenBoxes, viewer_section
+from tokenseg.report.viewer import CaseView, viewer_section
+from tokenseg.tokens.case import TokenBoxes
 
 SHAPE = (20, 24, 10)
 SPACING_MM = (1.0, 1.0, 2.5)

@@ -22,10 +22,10 @@ from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
 from tokenseg.imaging.orientation import to_canonical
 from tokenseg.inference.quality import CaseQuality
 from tokenseg.plan_grid.preprocess import GridRecord
-from tokenseg.report.cases import _boxes, evaluation_views, segmentation_views, select_cases
-from tokenseg.report.viewer import CaseView, TokenBoxes, pack_case, viewer_section
+from tokenseg.report.cases import evaluation_views, segmentation_views, select_cases
+from tokenseg.report.viewer import CaseView, pack_case, viewer_section
 from tokenseg.segmentation.results import CaseResult
-from tokenseg.tokens.case import CaseTokens
+from tokenseg.tokens.case import CaseTokens, TokenBoxes, token_boxes
 from toy_models import case_named
 
 ONE = Label(name="tumour", values=(1,), output_value=1)
@@ -254,7 +254,7 @@ def test_segmented_cases_come_least_sure_first(tmp_path):
             CaseResult(case_named(f"c{number:02d}", path), mask, {"l0": float(number)}, quality=unsure(number / 20))
         )
     results[13] = CaseResult(case_named("c13"), None, {}, "broken")
-    views = segmentation_views(results, make_plan())
+    views = [*segmentation_views(results, make_plan())]
     assert [view.case_id for view in views] == [f"c{number:02d}" for number in range(12, 0, -1)]
     assert views[0].caption == "l0 12.00 ml"
     assert views[0].reference is None
@@ -281,7 +281,7 @@ def test_token_boxes_join_passes_and_leave_padding_out():
     boxes[0, 1, 1] = 0  # wholly in padding
     scores = np.arange(6.0).reshape(2, 3)
     record = GridRecord(SHAPE, (0, 1, 2), (False,) * 3, (1.0,) * 3, (0, 0, 0), SHAPE, SHAPE)
-    tokens = _boxes(
+    tokens = token_boxes(
         "model",
         CaseTokens(
             boxes_vox=boxes,

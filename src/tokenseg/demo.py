@@ -40,7 +40,7 @@ from tokenseg.evaluation.metrics import Interval, bootstrap_interval
 from tokenseg.files import check_writable, write_atomically
 from tokenseg.messages import first_few
 from tokenseg.progress import Progress, Silent
-from tokenseg.report.cases import evaluation_views, token_boxes
+from tokenseg.report.cases import boxes_by_case, evaluation_views
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html, element, join
 from tokenseg.report.page import Section, write_page
@@ -55,7 +55,7 @@ from tokenseg.segmentation.job import SegmentJob
 from tokenseg.segmentation.results import CaseResult
 from tokenseg.segmentation.segment import segment_cases
 from tokenseg.synthetic.datasets import MARKER_NAME, write_datasets
-from tokenseg.tokens.report import TokenReport
+from tokenseg.tokens.find import ShownTokens
 from tokenseg.training.csv_log import read_log
 from tokenseg.training.train import train
 
@@ -261,11 +261,11 @@ def _row(network: str, part: str, evaluation: Evaluation, run: Path) -> DemoRow:
 def _write_report(folder: Path, rows: Sequence[DemoRow], scored: Mapping[tuple[str, str], _Scored]) -> None:
     """The comparison first, then TokenSeg's cases of both centres, scores, tokens and curves."""
     sections = [Section("comparison", "Comparison", _comparison(rows))]
-    tokens: list[TokenReport] = []
+    tokens: list[ShownTokens] = []
     for part, name in PARTS.items():
         dataset, shown = open_dataset(folder / EXAMS_NAME / part), scored[TOKENSEG, part]
         found = tokens_of_selected(*shown)
-        views = evaluation_views(shown.evaluation, dataset, token_boxes(found))
+        views = evaluation_views(shown.evaluation, dataset, boxes_by_case(found))
         sections.append(viewer_section(views, f"cases-{part}", name.capitalize()))
         tokens += found
     for (network, part), (_, _, evaluation) in scored.items():

@@ -120,7 +120,7 @@ def segment_scan(
         routes = [choose_route(model, rows, full=manner.full) for model in ensemble.models]
     mask = empty_mask(scan.record, plan)
     meter = QualityMeter(plan, scan.record, ensemble.quality)
-    listeners = [TokenListener() if manner.tokens else None for _ in routes]
+    listeners = [TokenListener(route.windows_run, plan) if manner.tokens else None for route in routes]
     counted = 0
     with _opened(manner.probabilities, ensemble, scan.record, meter.temperature) as file:
         for slab in slabs_of(scan.record, manner.num_slabs):

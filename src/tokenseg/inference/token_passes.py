@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Integer
-from torch import Tensor
 
+from tokenseg.config import Plan
 from tokenseg.inference.windows import Corner, in_order
 from tokenseg.model.passes import TokenChoice
 from tokenseg.plan_grid.preprocess import GridRecord
@@ -39,28 +39,37 @@ class ScanTokens(NamedTuple):
 
 
 class TokenListener:
-    """Keeps what it is told of each pass; a window that runs in two slabs counts once."""
+    """Keeps what it is told of each pass; a window that runs in two slabs counts once.
 
-    def __init__(self) -> None:
-        self._cells: tuple[Tensor, Tensor] | None = None
-        self._terms: dict[Corner, tuple[Tensor, ...]] = {}
+    Room is made before the first pass. What is kept of each would else lie between the large blocks that the next ones
+    need, and the process would take up to a third more memory.
+
+    Args:
+        num_passes: How many there will be at most.
+        plan: Of the model; gives N.
+    """
+
+    def __init__(self, num_passes: int, plan: Plan) -> None:
+        size = (num_passes, len(plan.strides) * math.prod(plan.grid))
+        self._numbers: dict[Corner, int] = {}
+        self._boxes_vox, self._level = np.zeros((size[1], 2, 3), np.int64), np.zeros(size[1], np.int64)
+        self._kept, self._codes = np.zeros(size, np.bool_), np.zeros(size, np.int64)
+        self._terms = np.zeros((4, *size), np.float32)
 
     def __call__(self, corner: Corner, tokens: TokenChoice) -> None:
         """Copy the tokens of a pass: the next one may write over them."""
-        self._cells = self._cells or (tokens.boxes_vox, tokens.level)  # all passes are of one size
-        self._terms[corner] = tuple(values.cpu().clone() for values in tokens[2:])
+        number = self._numbers.setdefault(corner, len(self._numbers))
+        boxes_vox, level, kept, *terms, codes = (values.cpu().numpy() for values in tokens)
+        self._boxes_vox[:], self._level[:] = boxes_vox, level  # all passes are of one size
+        self._kept[number], self._codes[number] = kept[0], codes[0]
+        for row, term in zip(self._terms, terms, strict=True):
+            row[number] = term[0]
 
     def heard(self, record: GridRecord) -> TokenPasses | None:
         """All passes, in an order that no slabs change."""
-        if self._cells is None:
+        if not self._numbers:
             return None
-        corners = tuple(in_order(list(self._terms), record.order))
-        terms = [self._terms[corner] for corner in corners]
-        kept, boundary, semantic, diversity, score, codes = map(_stacked, zip(*terms, strict=True))
-        boxes_vox, level = (values.cpu().numpy() for values in self._cells)
-        return TokenPasses(corners, boxes_vox, level, kept, boundary, semantic, diversity, score, codes)
-
-
-def _stacked(tensors: tuple[Tensor, ...]) -> np.ndarray:
-    values = torch.cat(tensors)
-    return (values.float() if values.is_floating_point() else values).numpy()
+        corners = tuple(in_order(list(self._numbers), record.order))
+        numbers = [self._numbers[corner] for corner in corners]
+        terms = (term[numbers] for term in self._terms)
+        return TokenPasses(corners, self._boxes_vox, self._level, self._kept[numbers], *terms, self._codes[numbers])  # type: ignore[call-arg]

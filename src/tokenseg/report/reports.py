@@ -12,10 +12,10 @@ from tokenseg.config import Plan
 from tokenseg.datasets.cases import Dataset
 from tokenseg.evaluation.evaluate import Evaluation
 from tokenseg.report.cases import (
+    boxes_by_case,
     evaluation_views,
     segmentation_views,
     select_cases,
-    token_boxes,
 )
 from tokenseg.report.curves import curves_section
 from tokenseg.report.markup import Html, element, join
@@ -33,8 +33,7 @@ from tokenseg.report.viewer import viewer_section
 from tokenseg.segmentation.job import SegmentJob
 from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.results import CaseResult, segmented_worst_first, worst_results_first
-from tokenseg.tokens.find import tokens_of_result
-from tokenseg.tokens.report import TokenReport
+from tokenseg.tokens.find import ShownTokens, tokens_of_result
 
 MAX_TOKENS_SHOWN = 3
 """Segmented cases whose tokens a report shows."""
@@ -48,7 +47,7 @@ def train_report(
     facts: Mapping[str, str],
     made: str,
     *,
-    tokens: Sequence[TokenReport] = (),
+    tokens: Sequence[ShownTokens] = (),
 ) -> None:
     """Write the report of a training: its validation, its pictures, its curves.
 
@@ -77,7 +76,7 @@ def evaluation_report(
     made: str,
     *,
     title: str = "Evaluation",
-    tokens: Sequence[TokenReport] = (),
+    tokens: Sequence[ShownTokens] = (),
 ) -> None:
     """Write the report of an evaluation.
 
@@ -101,7 +100,7 @@ def segmentation_report(
     plan: Plan,
     made: str,
     *,
-    tokens: Sequence[TokenReport] = (),
+    tokens: Sequence[ShownTokens] = (),
     show_names: bool = False,
 ) -> None:
     """Write the report of a segmentation: volumes and quality, failed cases and why, the least sure in pictures.
@@ -118,17 +117,17 @@ def segmentation_report(
         TokenSegError: A mask cannot be read, or the file cannot be written.
     """
     shown = {result.case_id: shown_name(result.case_id, show_names=show_names) for result in results}
-    views = segmentation_views(results, plan, token_boxes(tokens))
-    views = [replace(view, case_id=shown[view.case_id]) for view in views]
+    views = segmentation_views(results, plan, boxes_by_case(tokens))
+    named = (replace(view, case_id=shown[view.case_id]) for view in views)
     names = [label.name for label in plan.labels]
     table = _volume_table(worst_results_first(results), names, shown)
-    sections = [viewer_section(views), Section("volumes", "Volumes", table)]
+    sections = [viewer_section(named), Section("volumes", "Volumes", table)]
     if tokens:
         sections.append(tokens_section([replace(each, case_id=shown[each.case_id]) for each in tokens]))
     write_page(path, "Segmentation", _segmentation_lead(results, names), sections, made)
 
 
-def tokens_of_selected(job: SegmentJob, results: Sequence[CaseResult], evaluation: Evaluation) -> list[TokenReport]:
+def tokens_of_selected(job: SegmentJob, results: Sequence[CaseResult], evaluation: Evaluation) -> list[ShownTokens]:
     """Tokens of the cases that the report of an evaluation will show; near the reference boundary.
 
     Args:
@@ -145,7 +144,7 @@ def tokens_of_selected(job: SegmentJob, results: Sequence[CaseResult], evaluatio
     return [report for case_id in chosen for report in tokens_of_result(job, by_id[case_id], references[case_id])]
 
 
-def tokens_of_worst(job: SegmentJob, results: Sequence[CaseResult]) -> list[TokenReport]:
+def tokens_of_worst(job: SegmentJob, results: Sequence[CaseResult]) -> list[ShownTokens]:
     """Tokens of the segmented cases that come first in the report: unusual ones, then the least sure.
 
     Args:
@@ -170,11 +169,11 @@ def _write(
     title: str,
     evaluation: Evaluation,
     dataset: Dataset | None,
-    tokens: Sequence[TokenReport],
+    tokens: Sequence[ShownTokens],
     more: Sequence[Section],
     made: str,
 ) -> None:
-    views = evaluation_views(evaluation, dataset, token_boxes(tokens))
+    views = evaluation_views(evaluation, dataset, boxes_by_case(tokens))
     sections = [viewer_section(views), evaluation_section(evaluation)]
     if tokens:
         sections.append(tokens_section(tokens))

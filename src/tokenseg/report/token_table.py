@@ -8,7 +8,8 @@ from tokenseg.report.markup import Html, element, join
 from tokenseg.report.page import Section
 from tokenseg.report.scores import scrollable
 from tokenseg.tokens.boundary import NearBoundary
-from tokenseg.tokens.report import LEVEL_NAMES, RADII_MM, TokenReport, TokenSummary
+from tokenseg.tokens.find import ShownTokens
+from tokenseg.tokens.report import LEVEL_NAMES, RADII_MM, TokenSummary
 
 _EXPLAINED = (
     "The network describes a scan by candidate tokens, one a cell of a coarse grid at four levels of detail, and keeps "
@@ -18,7 +19,7 @@ _EXPLAINED = (
 )
 
 
-def tokens_section(reports: Sequence[TokenReport], anchor: str = "tokens", title: str = "Tokens kept") -> Section:
+def tokens_section(reports: Sequence[ShownTokens], anchor: str = "tokens", title: str = "Tokens kept") -> Section:
     """A row a case and model: how near the kept tokens lie to the boundary, their levels, and the codebook.
 
     Args:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, Shaped, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 
 from tokenseg.config import Label
 from tokenseg.report.markup import Html, data_block, element, join
 from tokenseg.report.page import Section
+from tokenseg.tokens.case import TokenBoxes
 
 MAX_IMAGE_VOX = 160
 """Longest axis of an image in the page; a longer one is averaged over whole blocks of voxels."""
@@ -27,21 +28,8 @@ WINDOW_PERCENTILES = (0.5, 99.5)
 
 # Axis across the screen, axis up the screen, axis into it; right and anterior run leftwards, as radiologists look.
 _PLANES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
+_AVERAGED_PLANES = 16
 _LEVELS = ("1/2", "1/4", "1/8", "1/16")
-
-
-@dataclass(frozen=True, eq=False)
-class TokenBoxes:
-    """The candidate tokens of a case, and which of them one network kept."""
-
-    model_name: str
-    boxes_vox: Float[np.ndarray, "N 2 3"]
-    """First and last edge of each cell, in voxel edges of the image in RAS+ axes: voxel i lies between i and i + 1."""
-    level: Integer[np.ndarray, " N"]
-    """0 to 3, from fine to coarse."""
-    score: Float[np.ndarray, " N"]
-    """Importance, by which they were kept."""
-    kept: Bool[np.ndarray, " N"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,29 +61,45 @@ class CaseView:
         return x, y, z
 
 
-def viewer_section(views: Sequence[CaseView], anchor: str = "cases", title: str = "Cases in three planes") -> Section:
+class _Head(NamedTuple):
+    """What the controls need of a case; small, so that one case after the other can be packed and let go."""
+
+    case_id: str
+    caption: str
+    has_reference: bool
+    has_prediction: bool
+    token_models: tuple[str, ...]
+
+
+def viewer_section(views: Iterable[CaseView], anchor: str = "cases", title: str = "Cases in three planes") -> Section:
     """One viewer with a picker of cases; the first is shown at first.
 
     Args:
-        views: In the order of the picker; each has an image or a mask.
+        views: In the order of the picker, each taken once and not held; each has an image or a mask.
         anchor: `id` of the section.
         title: Its heading.
     """
-    if not views:
+    heads, blocks = list[_Head](), list[Html]()
+    for view in views:
+        blocks.append(data_block(pack_case(view), "case"))
+        models = tuple(tokens.model_name for tokens in view.tokens)
+        heads.append(_Head(view.case_id, view.caption, view.reference is not None, view.prediction is not None, models))
+        del view  # with its images, before the next one is read
+    if not heads:
         return Section(anchor, title, element("p", "There is no case to show."))
     buttons = (
-        element("button", element("b", view.caption), " ", view.case_id, type="button", aria_pressed="false")
-        for view in views
+        element("button", element("b", head.caption), " ", head.case_id, type="button", aria_pressed="false")
+        for head in heads
     )
     viewer = element(
         "div",
         element("div", *buttons, class_="picker", role="group", aria_label="Case"),
         element("noscript", element("p", "The pictures need JavaScript, which runs inside this file only.")),
-        _controls(views),
+        _controls(heads),
         element("div", *map(_plane, _PLANES), class_="planes"),
         element("p", class_="readout", role="status"),
         element("div", element("dl", class_="facts"), element("p", class_="note"), class_="about"),
-        *(data_block(pack_case(view), "case") for view in views),
+        *blocks,
         class_="viewer",
     )
     return Section(anchor, title, join((viewer, _HELP)))
@@ -122,6 +126,16 @@ def pack_case(view: CaseView) -> dict[str, Any]:
 
 def _averaged(image: Float[np.ndarray, "X Y Z"], factors: Sequence[int]) -> Float[np.ndarray, "X2 Y2 Z2"]:
     """Mean over blocks of voxels; a last block that is cut by the border is the mean of what is there."""
+    if max(factors) == 1:
+        return image
+    # A few planes at a time: sums of a whole scan would take twice its memory.
+    step = _AVERAGED_PLANES * factors[2]
+    return np.concatenate(
+        [_averaged_part(image[:, :, at : at + step], factors) for at in range(0, image.shape[2], step)], axis=2
+    )
+
+
+def _averaged_part(image: Float[np.ndarray, "X Y Z"], factors: Sequence[int]) -> Float[np.ndarray, "X2 Y2 Z2"]:
     for axis, factor in enumerate(factors):
         if factor > 1:
             starts = np.arange(0, image.shape[axis], factor)
@@ -196,7 +210,8 @@ def _packed_tokens(tokens: TokenBoxes) -> dict[str, Any]:
 
 
 def _deflated(array: UInt8[np.ndarray, "*shape"] | Shaped[np.ndarray, "*shape"]) -> str:
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode()
+    # At the usual level noisy masks take four times as long, and images no less room.
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), level=4)).decode()
 
 
 def _plane(plane: str) -> Html:
@@ -216,17 +231,17 @@ def _plane(plane: str) -> Html:
     )
 
 
-def _controls(views: Sequence[CaseView]) -> Html:
-    both = any(view.reference is not None and view.prediction is not None for view in views)
+def _controls(heads: Sequence[_Head]) -> Html:
+    both = any(head.has_reference and head.has_prediction for head in heads)
     switches = [
-        _switch("reference", "Reference", on=True, shown=any(view.reference is not None for view in views)),
-        _switch("prediction", "Prediction", on=True, shown=any(view.prediction is not None for view in views)),
+        _switch("reference", "Reference", on=True, shown=any(head.has_reference for head in heads)),
+        _switch("prediction", "Prediction", on=True, shown=any(head.has_prediction for head in heads)),
         _switch("fill", "Fill differences" if both else "Fill", on=False, shown=True),
         _switch("crosshair", "Crosshair", on=True, shown=True),
     ]
     tokens = _choice("tokens", "Tokens", {"": "hidden", "level": "by level", "score": "by score"})
-    names = max((view.tokens for view in views), key=len, default=())
-    models = _choice("token-model", "of", {str(at): each.model_name for at, each in enumerate(names)})
+    names = max((head.token_models for head in heads), key=len)
+    models = _choice("token-model", "of", {str(at): name for at, name in enumerate(names)})
     return element(
         "div",
         element("div", *switches, class_="switches"),

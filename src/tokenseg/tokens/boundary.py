@@ -7,11 +7,11 @@ enrichment (share / base rate), and the ceiling (what a perfect choice of K coul
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from tokenseg.errors import DataError
 from tokenseg.shapes import BoolMask
@@ -50,18 +50,13 @@ def boundary_distances_mm(
     Raises:
         DataError: The mask is empty or fills the volume, so there is no boundary.
     """
-    surface = mask & ~binary_erosion(mask, border_value=1)
+    surface = _surface(mask)
     if not surface.any():
         raise DataError("the mask has no boundary: it is empty or fills the whole volume")
-    place = _within_reach(surface, spacing_mm, most_mm)
-    distance_mm = distance_transform_edt(~surface[place], sampling=spacing_mm)
-    distance_mm[distance_mm > most_mm] = np.inf
-    offset = [axis.start for axis in place]
-    real = np.all(boxes_vox[:, :, 1] > boxes_vox[:, :, 0], axis=2)
-    nearest_mm = np.full(real.shape, np.inf)
-    for index in map(tuple, np.argwhere(real)):
-        nearest_mm[index] = distance_mm[_voxels(boxes_vox[index] - offset)].min(initial=np.inf)
-    return nearest_mm
+    # Levels share their cells, and so do overlapping windows in part.
+    boxes, places = np.unique(boxes_vox.reshape(-1, 6), axis=0, return_inverse=True)
+    nearest_mm = np.array([_nearest_mm(box.reshape(2, 3), surface, spacing_mm, most_mm) for box in boxes])
+    return nearest_mm[places.ravel()].reshape(boxes_vox.shape[:2])
 
 
 def near_boundary(
@@ -88,20 +83,39 @@ def near_boundary(
     return NearBoundary(radius_mm, share, base_rate, share / base_rate if base_rate else float("nan"), ceiling)
 
 
-def _within_reach(
-    surface: BoolMask, spacing_mm: tuple[float, float, float], most_mm: float
-) -> tuple[slice, slice, slice]:
-    """Box around a surface that holds all voxels up to `most_mm` from it, so that a small lesion costs little."""
-    x, y, z = (
-        slice(max(0, int(hit[0]) - margin), min(size, int(hit[-1]) + 1 + margin))
-        for hit, margin, size in zip(
-            (np.flatnonzero(surface.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))),
-            (int(most_mm / spacing) + 1 for spacing in spacing_mm),
-            surface.shape,
-            strict=True,
-        )
+def _surface(mask: BoolMask) -> BoolMask:
+    """Foreground voxels with background at a face; beyond the volume there is none."""
+    inner = mask.copy()
+    for axis in range(3):
+        along, kept = np.moveaxis(mask, axis, 0), np.moveaxis(inner, axis, 0)
+        kept[1:] &= along[:-1]
+        kept[:-1] &= along[1:]
+    surface: BoolMask = mask & ~inner
+    return surface
+
+
+def _nearest_mm(
+    box_vox: Float[np.ndarray, "2 3"], surface: BoolMask, spacing_mm: tuple[float, float, float], most_mm: float
+) -> float:
+    """Distance from the voxels of a box to the surface, looked for no further than `most_mm` around it.
+
+    No map of distances: for a whole scan that takes ten times the memory of the mask.
+    """
+    if not (box_vox[1] > box_vox[0]).all():
+        return math.inf
+    inside = _voxels(box_vox)
+    if surface[inside].any():
+        return 0.0
+    around = tuple(
+        slice(max(0, side.start - reach), side.stop + reach)
+        for side, reach in zip(inside, (int(most_mm / spacing) for spacing in spacing_mm), strict=True)
     )
-    return x, y, z
+    squares = np.zeros(np.count_nonzero(surface[around]))
+    for side, start, found, spacing in zip(inside, around, surface[around].nonzero(), spacing_mm, strict=True):
+        at = found + start.start
+        squares += (np.maximum(np.maximum(side.start - at, at - (side.stop - 1)), 0) * spacing) ** 2
+    nearest = math.sqrt(squares.min(initial=math.inf))
+    return nearest if nearest <= most_mm else math.inf
 
 
 def _voxels(box_vox: Float[np.ndarray, "2 3"]) -> tuple[slice, slice, slice]:

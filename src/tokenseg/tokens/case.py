@@ -97,6 +97,29 @@ def case_tokens(model: Model, passes: TokenPasses, record: GridRecord, mask: Mas
     )
 
 
+@dataclass(frozen=True, eq=False)
+class TokenBoxes:
+    """The candidate tokens of a case, and which of them one network kept."""
+
+    model_name: str
+    boxes_vox: Float[np.ndarray, "N 2 3"]
+    """First and last edge of each cell, in voxel edges of the image in RAS+ axes: voxel i lies between i and i + 1."""
+    level: Integer[np.ndarray, " N"]
+    """0 to 3, from fine to coarse."""
+    score: Float[np.ndarray, " N"]
+    """Importance, by which they were kept."""
+    kept: Bool[np.ndarray, " N"]
+
+
+def token_boxes(model_name: str, tokens: CaseTokens) -> TokenBoxes:
+    """Cells of all passes in one list, for drawing; those without a voxel of the scan are left out."""
+    boxes = tokens.cells_vox.reshape(-1, 2, 3)
+    passes = len(tokens.kept)
+    real = tokens.in_scan.ravel() & (boxes[:, 1] > boxes[:, 0]).all(axis=1)
+    level, score, kept = np.tile(tokens.level, passes), tokens.score.ravel(), tokens.kept.ravel()
+    return TokenBoxes(model_name, boxes[real], level[real], score[real], kept[real])
+
+
 def check_has_tokens(model: Model) -> None:
     """Refuse a model without a token path.
 

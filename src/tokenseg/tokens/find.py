@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from tokenseg.config import Plan, SegmentOptions
 from tokenseg.datasets.cases import Case
-from tokenseg.datasets.inputs import list_inputs, read_input, read_written_mask
+from tokenseg.datasets.inputs import list_inputs, read_written_mask
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.imaging.orientation import turn_to_ras
 from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
-from tokenseg.inference.predict import Manner, segment_scan
+from tokenseg.inference.predict import Manner, Segmented, segment_scan
 from tokenseg.inference.token_passes import ScanTokens
 from tokenseg.messages import first_few
 from tokenseg.plan_grid.intensities import select_channels
@@ -24,8 +27,8 @@ from tokenseg.segmentation.results import CaseResult
 from tokenseg.segmentation.segment import segment_unwritten
 from tokenseg.shapes import BoolMask, MaskArray
 from tokenseg.tokens.boundary import boundary_distances_mm
-from tokenseg.tokens.case import CaseTokens, case_tokens, check_has_tokens
-from tokenseg.tokens.report import RADII_MM, TokenReport, summarise_tokens
+from tokenseg.tokens.case import CaseTokens, TokenBoxes, case_tokens, check_has_tokens, token_boxes
+from tokenseg.tokens.report import RADII_MM, TokenReport, TokenSummary, summarise_tokens
 
 
 def tokens_of_case(
@@ -50,7 +53,7 @@ def tokens_of_case(
     mask = None if reference is None else read_mask(reference)
     job = SegmentJob(ensemble, SegmentOptions(show_names=True), progress or Silent(), tokens_of=1)
     computed = segment_unwritten(job, found)
-    return _only(ensemble, computed.segmented.mask, computed.segmented.tokens, computed.read.volume, found, mask)
+    return _report(ensemble, computed.segmented, computed.read.volume, found.case_id, mask)
 
 
 def report_tokens(model: Model, volume: Volume, case_id: str, reference: Mask | None = None) -> TokenReport:
@@ -71,11 +74,21 @@ def report_tokens(model: Model, volume: Volume, case_id: str, reference: Mask | 
     """
     check_has_tokens(model)
     ensemble = Ensemble.of(model)
-    mask, *_, tokens = segment_scan(ensemble, volume, Manner(tokens=True))
-    return _only(ensemble, mask, tokens, volume, Case(case_id, case_id, ()), reference)
+    return _report(ensemble, segment_scan(ensemble, volume, Manner(tokens=True)), volume, case_id, reference)
 
 
-def tokens_of_result(job: SegmentJob, result: CaseResult, reference: Path | None = None) -> list[TokenReport]:
+@dataclass(frozen=True, eq=False)
+class ShownTokens:
+    """What a page shows of the tokens that one model chose in a case; small, whatever the scan."""
+
+    case_id: str
+    model_name: str
+    """Of several that segment together, with its number."""
+    summary: TokenSummary
+    boxes: TokenBoxes
+
+
+def tokens_of_result(job: SegmentJob, result: CaseResult, reference: Path | None = None) -> list[ShownTokens]:
     """What the tokenizer of each model did in a case that was segmented.
 
     Args:
@@ -93,73 +106,58 @@ def tokens_of_result(job: SegmentJob, result: CaseResult, reference: Path | None
     if result.mask is None or not any(model.facts.network.tokens for model in job.ensemble.models):
         return []
     tokens = result.tokens or segment_unwritten(job, result.case).segmented.tokens
-    mask = read_written_mask(result.case, result.mask, job.plan).array
-    volume = read_input(result.case, job.plan)
-    return _reports(
-        job.ensemble, mask, tokens, volume, result.case, None if reference is None else read_mask(reference)
-    )
-
-
-def _only(
-    ensemble: Ensemble,
-    mask: MaskArray,
-    tokens: ScanTokens | None,
-    volume: Volume,
-    case: Case,
-    reference: Mask | None,
-) -> TokenReport:
-    reports = _reports(ensemble, mask, tokens, volume, case, reference)
-    if not reports:
-        raise DataError(
-            f"{case.case_id}: the coarse view calls for no window at full spacing, so there are no tokens to show"
-        )
-    return reports[0]
-
-
-def _reports(
-    ensemble: Ensemble,
-    mask: MaskArray,
-    tokens: ScanTokens | None,
-    volume: Volume,
-    case: Case,
-    reference: Mask | None,
-) -> list[TokenReport]:
-    if tokens is None:
-        return []
-    if reference is not None:
-        check_same_grid(volume, reference, what=(f"image of {case.case_id}", "its reference"))
-    foreground = None if reference is None else _known_foreground(reference, ensemble.plan, case.case_id)
-    reports = []
-    for number, (model, passes) in enumerate(zip(ensemble.models, tokens.passes, strict=True), 1):
-        if passes is not None:
-            count = len(ensemble.models)
-            name = model.facts.name if count == 1 else f"{model.facts.name} {number} of {count}"
-            found = case_tokens(model, passes, tokens.record, mask)
-            reports.append(_report(found, volume, ensemble.plan, (case.case_id, name), foreground))
-    return reports
+    mask = read_written_mask(result.case, result.mask, job.plan)
+    marked = None if reference is None else _marked(read_mask(reference), mask, job.plan, result.case_id)
+    shown = []
+    for name, found in _tokens_by_model(job.ensemble, mask.array, tokens):
+        _, summary = _measured(found, marked)
+        shown.append(ShownTokens(result.case_id, name, summary, token_boxes(name, found)))
+    return shown
 
 
 def _report(
-    tokens: CaseTokens, volume: Volume, plan: Plan, names: tuple[str, str], foreground: BoolMask | None
+    ensemble: Ensemble, segmented: Segmented, volume: Volume, case_id: str, reference: Mask | None
 ) -> TokenReport:
-    """A report, by the name of the case and of the model; `foreground` is that of the reference, as stored."""
+    plan = ensemble.plan
+    marked = None if reference is None else _marked(reference, volume, plan, case_id)
+    named = next(_tokens_by_model(ensemble, segmented.mask, segmented.tokens), None)
+    if named is None:
+        raise DataError(f"{case_id}: the coarse view calls for no window at full spacing, so there are no tokens")
+    name, tokens = named
+    distance_mm, summary = _measured(tokens, marked)
     record = tokens.record
-    if foreground is not None:
-        foreground = turn_to_ras(foreground, record.axes, record.flipped)
-    mask = tokens.prediction if foreground is None else foreground
+    shown = next((index for index, channel in enumerate(plan.channels) if " - " in channel), 0)
+    return TokenReport(
+        case_id=case_id,
+        model_name=name,
+        tokens=tokens,
+        summary=summary,
+        distance_mm=distance_mm,
+        image=turn_to_ras(select_channels(volume, plan)[shown], record.axes, record.flipped),
+        reference=None if marked is None else turn_to_ras(marked, record.axes, record.flipped),
+    )
+
+
+def _tokens_by_model(
+    ensemble: Ensemble, mask: MaskArray, tokens: ScanTokens | None
+) -> Iterator[tuple[str, CaseTokens]]:
+    if tokens is None:
+        return
+    count = len(ensemble.models)
+    for number, (model, passes) in enumerate(zip(ensemble.models, tokens.passes, strict=True), 1):
+        if passes is not None:
+            name = model.facts.name if count == 1 else f"{model.facts.name} {number} of {count}"
+            yield name, case_tokens(model, passes, tokens.record, mask)
+
+
+def _measured(tokens: CaseTokens, marked: BoolMask | None) -> tuple[Float[np.ndarray, "T N"] | None, TokenSummary]:
+    """Distances to the boundary, of the reference's foreground as stored or else of the prediction; and the summary."""
+    record = tokens.record
+    mask = tokens.prediction if marked is None else turn_to_ras(marked, record.axes, record.flipped)
     distance_mm = None
     if mask.any() and not mask.all():
         distance_mm = boundary_distances_mm(tokens.boxes_vox, mask, record.spacing_mm, max(RADII_MM))
-    shown = next((index for index, channel in enumerate(plan.channels) if " - " in channel), 0)
-    return TokenReport(
-        case_id=names[0],
-        model_name=names[1],
-        tokens=tokens,
-        summary=summarise_tokens(tokens, distance_mm, "prediction" if foreground is None else "reference"),
-        distance_mm=distance_mm,
-        image=turn_to_ras(select_channels(volume, plan)[shown], record.axes, record.flipped),
-        reference=foreground,
-    )
+    return distance_mm, summarise_tokens(tokens, distance_mm, "prediction" if marked is None else "reference")
 
 
 def _only_case(path: Path, plan: Plan) -> Case:
@@ -172,7 +170,10 @@ def _only_case(path: Path, plan: Plan) -> Case:
     return cases[0]
 
 
-def _known_foreground(reference: Mask, plan: Plan, case_id: str) -> BoolMask:
+def _marked(reference: Mask, beside: Mask | Volume, plan: Plan, case_id: str) -> BoolMask:
+    """Foreground of a reference, which must lie on the grid of the image or mask beside it."""
+    what = (f"{'image' if isinstance(beside, Volume) else 'mask'} of {case_id}", "its reference")
+    check_same_grid(beside, reference, what=what)
     names = {value: label.name for label in plan.labels for value in label.values}
     foreground: BoolMask = np.isin(reference.array, list(names))
     if reference.array.any() and not foreground.any():
