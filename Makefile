@@ -19,7 +19,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about ten minutes
+demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about 12 minutes
 	$(BIN)/tokenseg demo runs/demo
 
 # In one process with all others, the second of these ends in a segmentation fault where its last test starts a child
