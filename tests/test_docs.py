@@ -27,6 +27,7 @@ from tokenseg.imaging.volume import read_volume, write_volume
 from toy_models import save_untrained
 
 ROOT = Path(__file__).parents[1]
+INDEX = ROOT / "docs" / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MASK = "DATASET/labelsTr/case_0.nii.gz"
 TINY_TRAINING = ["--preset", "tiny", "--threads", "1"]
@@ -203,3 +204,9 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
     assert missing == []
+
+
+def test_the_index_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", INDEX.read_text(encoding="utf-8")))
+    assert linked == {page.name for page in DOCS if page != INDEX}
+    assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")
