@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about ten minutes
+demo: $(READY)  ## Train, segment and evaluate on synthetic breast exams: about 12 minutes
 	$(BIN)/tokenseg demo runs/demo
 
 # These fork, which is safe only where no other test has started threads: they come first.

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenseg.benchmark.accuracy.table import accuracy_table as printed
 from tokenseg.saved_model.card import figures_lines
@@ -28,6 +29,8 @@ SPEED_NAMES = {
     "nnunet-plainconv": "nnU-Net `PlainConvUNet`",
     "monai-swinunetr": "MONAI `SwinUNETR`",
 }
+FRONT_NAMES = {name: SPEED_NAMES[name] for name in ("tokenseg-small", "monai-unet", "nnunet-plainconv")}
+ACCURACY_COLUMNS = 10
 DEMO_NAMES = {"tokenseg": "TokenSeg `small`", "monai-unet": "MONAI `UNet`"}
 STEERED = {"whole/test": "10 synthetic breast exams", "brats/Task99_Brain": "2 BraTS heads, trained on"}
 WAYS = {"full": "full sliding window", "steered": "steered windows", "whole": "one pass"}
@@ -144,6 +147,45 @@ def amx_table() -> str:
     return accuracy_table("accuracy", "accuracy_0016", keep=lambda row: row["budget"].endswith("minutes"))
 
 
+class Result(NamedTuple):
+    """A network in a table of accuracies."""
+
+    steps: int
+    seeds: int
+    dice: float
+    interval: tuple[float, float]
+    less_ours: tuple[float, float, float]
+    """Points less TokenSeg's, with their interval; zeros for TokenSeg itself."""
+
+
+def results(table: str) -> dict[str, Result]:
+    """What a table of accuracies says of each network, by the name in it."""
+    found = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == ACCURACY_COLUMNS and re.match(r"\d", cells[5]):
+            dice, low, high = map(float, re.findall(r"\d\.\d+", cells[5]))
+            less = tuple(map(float, re.findall(r"[-+]\d+\.\d+", cells[6]))) or (0.0, 0.0, 0.0)
+            found[cells[0]] = Result(int(cells[2]), int(cells[4]), dice, (low, high), less)
+    return found
+
+
+def front_table() -> str:
+    """The table of README: a pass, and Dice after the same minutes, of those networks that were measured everywhere."""
+    speed = speed_rows("fp32")
+    columns = {name: results(table()) for name, table in COMPARED.items()}
+    titles = ("network", "a pass", "memory", *columns)
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
+    for network, name in FRONT_NAMES.items():
+        row = speed[network]
+        cells = [name, f"{_seconds(row)} s", f"{row['peak_mib']} MiB"]
+        for found in columns.values():
+            result = found.get("tokenseg" if network == "tokenseg-small" else network)
+            cells.append(f"{result.dice:.4f}" if result else "no time")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def presets_table() -> str:
     """TokenSeg `small` and `paper` after the same time on the reported fold, the CPU without AMX."""
     return accuracy_table("accuracy_fp32", "accuracy_paper", keep=lambda row: row["network"].startswith("tokenseg"))
@@ -237,9 +279,19 @@ def hippocampus_table() -> str:
     return "\n".join(figures_lines(publication.figures))
 
 
+COMPARED = {
+    "hippocampus, EPYC": partial(accuracy_table, "accuracy_fp32"),
+    "hippocampus, Xeon": amx_table,
+    "left atrium, EPYC": partial(accuracy_table, "accuracy_left_atrium"),
+    "left atrium, Xeon": partial(accuracy_table, "accuracy_left_atrium_amx"),
+}
+"""Columns of the README's table: networks after the same minutes of training."""
+
+
 def fill(text: str) -> str:
     """Put the tables between their markers, `<!-- table: NAME -->` and `<!-- end -->`."""
     tables = {
+        "front": front_table,
         "speed": partial(speed_table, "fp32"),
         "speed-bf16": partial(speed_table, "bf16"),
         "speed-gpu": gpu_table,

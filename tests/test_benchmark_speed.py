@@ -411,6 +411,31 @@ def test_the_picture_shows_each_network_once_in_each_condition(tmp_path, monkeyp
         write_frontier(tmp_path / "none.png", rows, {"other": 0.8})
 
 
+def test_labels_cover_neither_each_other_nor_points(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    labels, boxes = [], []
+    annotate, spread = Axes.annotate, frontier._spread
+    monkeypatch.setattr(Axes, "annotate", lambda *args, **kw: labels.append(annotate(*args, **kw)) or labels[-1])
+
+    def measuring(axes, panel, own, renderer):
+        spread(axes, panel, own, renderer)
+        boxes.extend(label.get_window_extent(renderer) for label in own)
+        assert all(axes.bbox.count_contains([box.min, box.max]) == 2 for box in boxes)
+        for point in panel.points[:-1]:
+            at = axes.transData.transform((point.ms, point.value))
+            assert not any(box.contains(*at) for box in boxes)
+
+    monkeypatch.setattr(frontier, "_spread", measuring)
+    crowd = [Point(f"network-{n}", 1000 + 40 * n, 0.88 + 0.001 * n, (0.87, 0.9)) for n in range(5)]
+    panel = frontier.Panel("crowded", [*crowd, Point("far below", 2000, 0.5)], floor=0.7)
+    content = frontier.drawn([panel], frontier.Look("ms", "Dice"), {"Rows": "none"})
+    assert b"Rows" in content
+    assert [label.get_text() for label in labels] == [point.network for point in crowd]
+    assert not any(one.overlaps(other) for at, one in enumerate(boxes) for other in boxes[:at])
+
+
 # ---- the command
 
 

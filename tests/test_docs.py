@@ -28,6 +28,7 @@ from tokenseg.imaging.volume import read_volume, write_volume
 from toy_models import save_untrained
 
 ROOT = Path(__file__).parents[1]
+INDEX = ROOT / "docs" / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 MASK = "DATASET/labelsTr/case_0.nii.gz"
 TINY_TRAINING = ["--preset", "tiny", "--threads", "1"]
@@ -226,3 +227,9 @@ def test_the_architecture_page_names_each_file_by_its_path() -> None:
     assert [name for name, target in links if target != f"../src/tokenseg/{name}"] == []
     words = re.findall(r"^\| ([\w, ]+) \|", page.split("## Words")[1].split("## Where")[0], flags=re.MULTILINE)
     assert len(words) == len(set(words))
+
+
+def test_the_index_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", INDEX.read_text(encoding="utf-8")))
+    assert linked == {page.name for page in DOCS if page != INDEX}
+    assert "docs/README.md" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 from scipy.stats import spearmanr
 
 from phantoms import write_msd
@@ -23,6 +24,12 @@ ROOT = Path(__file__).parents[1]
 NEAR = ("share", "base_rate", "ceiling")
 PEERS = ("nnunet-plainconv", "monai-unet")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASUREMENTS = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+DEMO_TIME = "about 12 minutes"
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
 
 
 def commands() -> list[list[str]]:
@@ -35,6 +42,8 @@ def commands() -> list[list[str]]:
 def test_first_command_stands_early() -> None:
     assert next(number for number, line in enumerate(README.splitlines(), 1) if line.startswith("make ")) <= 25
     assert len(README.splitlines()) <= 90
+    assert max(map(len, README.splitlines())) <= 120
+    assert "**Research software: not a medical device.**" in README.splitlines()[:12]
 
 
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +75,7 @@ def test_tables_come_from_the_rows(tables: ModuleType) -> None:
     memory = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert tables.fill(memory) == memory
     assert all(float(row["peak_gb"]) < float(row["limit"].removesuffix("GB")) for row in tables.rows_of("memory.csv"))
-    measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert tables.fill(measurements) == measurements
+    assert tables.fill(MEASUREMENTS) == MEASUREMENTS
     for table in (
         tables.openvino_table,
         tables.gpu_table,
@@ -75,18 +83,19 @@ def test_tables_come_from_the_rows(tables: ModuleType) -> None:
         tables.equal_steps_table,
         tables.steering_table,
     ):
-        assert table() in measurements
-    assert tables.speed_table("bf16") in measurements
-    assert tables.accuracy_table("ablation") in measurements
-    assert tables.presets_table() in measurements
-    assert tables.amx_table() in measurements
+        assert table() in MEASUREMENTS
+    assert tables.speed_table("bf16") in MEASUREMENTS
+    assert tables.accuracy_table("ablation") in MEASUREMENTS
+    assert tables.presets_table() in MEASUREMENTS
+    assert tables.amx_table() in MEASUREMENTS
     builtin = (ROOT / "docs" / "hippocampus.md").read_text(encoding="utf-8")
     assert tables.fill(builtin) == builtin
     assert tables.hippocampus_table() in builtin
     assert tables.threshold_table() in synthetic
-    assert tables.speed_table("fp32") in README
-    assert tables.accuracy_table("accuracy_fp32") in README
-    assert tables.demo_table() in README
+    assert tables.speed_table("fp32") in MEASUREMENTS
+    assert tables.accuracy_table("accuracy_fp32") in MEASUREMENTS
+    assert tables.demo_table() in MEASUREMENTS
+    assert tables.front_table() in README
 
 
 def test_the_built_in_models_figure_is_that_of_its_card() -> None:
@@ -101,32 +110,99 @@ def test_the_built_in_models_figure_is_that_of_its_card() -> None:
         assert sum(own) / len(own) == pytest.approx(label.dice.mean, abs=1e-4)
 
 
+def test_the_sentence_under_the_table_follows_the_rows(tables: ModuleType) -> None:
+    said = flat(README)
+    columns = {name: tables.results(table()) for name, table in tables.COMPARED.items()}
+    xeon = columns["hippocampus, Xeon"]
+    ours, nnunet = xeon["tokenseg"], xeon["nnunet-plainconv"]
+    more, low, high = (f"{points:.2f}" for points in nnunet.less_ours)
+    assert f"no difference from nnU-Net's network was shown (that one had {more} points more, 95 % interval" in said
+    assert f"interval {low} to {high})" in said
+    # Rounded as in the table; a difference is shown where the interval is above 0.
+    assert (low, ours.seeds, nnunet.seeds) == ("-0.00", 2, 2)
+    steps = {
+        row["network"]: f"{float(row['dice']):.3f}"
+        for row in tables.rows_of("accuracy_0016.csv")
+        if row["budget"] == "600 steps"
+    }
+    assert f"is ahead, {steps['nnunet-plainconv']} against {steps['tokenseg']} after 600 steps" in said
+    assert steps["nnunet-plainconv"] > steps["tokenseg"]
+    # The same minutes: the seconds of a step are as the steps, the other way round.
+    assert round(ours.steps / nnunet.steps) == 5
+    assert "takes it about five times as long" in said
+    for found in columns.values():
+        assert max(found, key=lambda name: found[name].steps) == "tokenseg"
+    speed = tables.speed_rows("fp32")
+    assert all(float(speed["tokenseg-small"]["median_ms"]) < float(speed[name]["median_ms"]) for name in PEERS)
+    for name, budget in (("accuracy_fp32.csv", "15"), ("accuracy_left_atrium.csv", "25")):
+        assert {row["budget"] for row in tables.rows_of(name)} == {f"{budget} minutes"}
+    assert "after the same minutes (hippocampus 15, left atrium 25) on one thread" in said
+    # So the networks of one column are not all of one size.
+    pass_m = float(speed["nnunet-plainconv"]["parameters_m"])
+    assert pass_m > float(tables.rows_of("accuracy_fp32.csv")[-1]["parameters_m"])
+    # "No time": its steps would have been few.
+    assert "nnunet-plainconv" not in columns["left atrium, EPYC"]
+
+
+def test_the_picture_is_drawn_from_the_rows(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tables", tables)
+    chart = importlib.import_module("chart")
+    monkeypatch.delitem(sys.modules, "chart")
+    panels = chart.panels()
+    with Image.open(ROOT / "docs" / "pictures" / "accuracy.png") as image:
+        notes = image.info
+    assert notes["Points"] == chart.told(panels), "python benchmarks/chart.py draws it again"
+    files = notes["Rows"].split(", ")
+    assert files == chart.ROWS.split(", ")
+    rows = [row for name in files for row in tables.rows_of(name.removeprefix("benchmarks/"))]
+    drawn = {(point.network, point.ms) for panel in panels for point in panel.points}
+    told = {
+        (chart.NAMES[row["network"]], round(15 * 60 / int(row["steps"]), 3))
+        for row in rows
+        if row["budget"] == "15 minutes"
+    }
+    assert drawn == told
+    assert {point.value for point in panels[0].points} == {float(row["dice"]) for row in tables.rows_of(files[0][11:])}
+    assert {row["n"] for row in rows} == {"40"}
+    assert {(row["budget"], row["threads"]) for row in rows if row["budget"] != "600 steps"} == {("15 minutes", "1")}
+    assert "Hippocampus, 40 validation cases. Each network after the same 15 minutes of training" in flat(README)
+    assert chart.picture()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_demos_time_is_the_same_everywhere(tables: ModuleType) -> None:
+    longest = max(float(row["minutes"]) for row in tables.rows_of("demo_times.csv"))
+    assert f"about {longest:.0f} minutes" == DEMO_TIME
+    for place in ("README.md", "Makefile", "docs/quickstart.md", "src/tokenseg/commands/demo.py"):
+        lines = flat((ROOT / place).read_text(encoding="utf-8"))
+        assert re.findall(r"about \w+ minutes", lines) == [DEMO_TIME], place
+
+
 def test_the_gaps_named_follow_the_rows(tables: ModuleType) -> None:
     # The same reading as for a plot of accuracy against time, which takes one dataset, fold and budget.
+    measured = flat(MEASUREMENTS)
     dice = read_dice(ROOT / "benchmarks" / "accuracy_fp32.csv")
-    assert "TokenSeg is ahead of both" in README
+    assert "TokenSeg is ahead of both" in measured
     assert max(dice, key=dice.__getitem__) == "tokenseg-small"
     assert len(dice) == 3
-    lines = [[cell.strip() for cell in line.split("|")] for line in tables.amx_table().splitlines()]
-    with_amx = {line[1]: line for line in lines if line[1:]}
-    assert [with_amx[name][5] for name in ("tokenseg", "monai-unet", "nnunet-plainconv")] == ["2"] * 3
-    unet, nnunet = (re.findall(r"[-+]\d\.\d\d", with_amx[name][7]) for name in ("monai-unet", "nnunet-plainconv"))
-    assert f"two seeds each, it is {unet[0].removeprefix('-')} points ahead of `UNet`,\n" in README
-    middle, low, high = (text.removeprefix("+") for text in nnunet)
-    assert f"and `PlainConvUNet` {middle} ahead of it ({low} to {high};" in README
+    with_amx = tables.results(tables.amx_table())
+    assert [with_amx[name].seeds for name in ("tokenseg", "monai-unet", "nnunet-plainconv")] == [2] * 3
+    unet, nnunet = (with_amx[name].less_ours for name in ("monai-unet", "nnunet-plainconv"))
+    assert f"two seeds each, TokenSeg is {-unet[0]:.2f} points ahead of `UNet`" in measured
+    middle, low, high = (f"{points:.2f}" for points in nnunet)
+    assert f"and `PlainConvUNet` {middle} ahead of it ({low} to {high})" in measured
     atrium = read_dice(ROOT / "benchmarks" / "accuracy_left_atrium.csv")
     gap = 100 * (atrium["tokenseg-small"] - atrium["monai-unet"])
-    assert f"it is {gap:.1f} points\nahead of `UNet`" in README
+    assert f"TokenSeg is {gap:.1f} points ahead of `UNet`" in measured
     atrium = read_dice(ROOT / "benchmarks" / "accuracy_left_atrium_amx.csv")
-    unet, nnunet = (100 * (atrium["tokenseg-small"] - atrium[name]) for name in ("monai-unet", "nnunet-plainconv"))
-    assert f"with AMX {unet:.1f}, and {nnunet:.1f} ahead of `PlainConvUNet`" in README
+    atrium_unet, atrium_nnunet = (100 * (atrium["tokenseg-small"] - atrium[name]) for name in ("monai-unet", PEERS[0]))
+    assert f"with AMX {atrium_unet:.1f}, and {atrium_nnunet:.1f} ahead of `PlainConvUNet`" in measured
     assert max(atrium, key=atrium.__getitem__) == "tokenseg-small"
 
 
 def test_what_is_said_of_steered_windows_follows_the_rows(tables: ModuleType) -> None:
     rows = [row for row in tables.rows_of("steering.csv") if row["case"] == "all" and row["dataset"] == "whole/test"]
     full, steered = ({row["mode"]: row for row in rows}[mode] for mode in ("full", "steered"))
-    assert "network time of whole synthetic breast exams to a\nfifth, with no lesion lost" in README
+    assert "network time of whole synthetic breast exams to a fifth, with no lesion lost" in flat(MEASUREMENTS)
     assert 0.18 < float(steered["network_s"]) / float(full["network_s"]) < 0.2
     assert steered["lost"] == "0"
 
@@ -155,7 +231,7 @@ def test_what_is_said_of_a_gpu_follows_the_rows(tables: ModuleType) -> None:
     small = recorded["tokenseg-small"]["median_ms"]
     nnunet, unet = (float(recorded[name]["ratio"]) for name in ("nnunet-plainconv", "monai-unet"))
     said = f"takes {small} ms, nnU-Net's `PlainConvUNet` {nnunet:.1f} and `UNet` {unet:.1f} times as long"
-    assert f"a window of 128 cubed {said}" in README
+    assert f"a window of 128 cubed {said}" in flat(MEASUREMENTS)
     claims = (ROOT / "docs" / "paper-claims.md").read_text(encoding="utf-8")
     less = [f"{100 * (1 - 1 / times):.0f} % less" for times in (nnunet, unet)]
     assert f"passes recorded: {small} ms, {less[0]} than nnU-Net's network and {less[1]} than `UNet`" in claims
@@ -167,9 +243,8 @@ def test_what_is_said_of_a_gpu_follows_the_rows(tables: ModuleType) -> None:
         for row in tables.rows_of("speed.csv")
         if (row["engine"], row["precision"], row["size"]) == ("cuda-graph", "fp32", "128")
     }
-    measurements = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     times = [full[name]["median_ms"] for name in ("tokenseg-small", "nnunet-plainconv")]
-    assert f"recorded, `small` takes {times[0]} ms and `PlainConvUNet` {times[1]}" in measurements
+    assert f"recorded, `small` takes {times[0]} ms and `PlainConvUNet` {times[1]}" in MEASUREMENTS
     assert float(plain["monai-unet"]["ratio"]) < 1
     # Training as it is said: slower than UNet there.
     steps = {row["network"]: row for row in tables.rows_of("speed.csv") if row["gpu"] and row["training_median_ms"]}

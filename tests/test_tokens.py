@@ -234,7 +234,7 @@ def test_a_report_costs_no_pass(tmp_path):
     assert [model.network.passes for model in models] == passes
     # Of a case that an earlier call did nothing was kept: it runs again, by the same way.
     again = tokens_of_worst(job, [replace(result, tokens=None)])
-    np.testing.assert_array_equal(again[0].tokens.boxes_vox, reports[0].tokens.boxes_vox)
+    np.testing.assert_array_equal(again[0].boxes.boxes_vox, reports[0].boxes.boxes_vox)
     assert [model.network.passes for model in models] == [2 * count for count in passes]
 
 

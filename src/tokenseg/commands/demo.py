@@ -14,7 +14,7 @@ from tokenseg.commands.terminal import Terminal, print_demo
 
 @dataclass(frozen=True)
 class Demo:
-    """See it work without data, in about ten minutes: synthetic breast exams, training, evaluation, report."""
+    """See it work without data, in about 12 minutes: synthetic breast exams, training, evaluation, report."""
 
     output: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")] = Path("tokenseg-demo")
     """Folder for everything; the same command goes on with an interrupted demo."""
