@@ -21,8 +21,8 @@ from scipy.ndimage import gaussian_filter
 
 from tokenseg.benchmark.rows import append
 from tokenseg.commands.terminal import Terminal
-from tokenseg.config import TrainOptions
 from tokenseg.device import bfloat16_helps, choose_device
+from tokenseg.options import TrainOptions
 from tokenseg.segmentation.provenance import commit
 from tokenseg.training.train import train
 

@@ -24,6 +24,7 @@ GROUND = {
     "errors",
     "files",
     "messages",
+    "options",
     "outputs",
     "processes",
     "progress",

@@ -36,8 +36,9 @@ from tokenseg.benchmark.rows import (
 from tokenseg.cli import main
 from tokenseg.config import Label
 from tokenseg.errors import ConfigError, FileError, TrainingError
-from tokenseg.evaluation.evaluate import CaseLabelRow, Evaluation, LabelSummary
-from tokenseg.evaluation.metrics import Interval, LesionCounts, score_label
+from tokenseg.evaluation.lesions import LesionCounts
+from tokenseg.evaluation.metrics import Interval, score_label
+from tokenseg.evaluation.results import CaseLabelRow, Evaluation, LabelSummary
 from tokenseg.progress import Progress, Silent
 from tokenseg.training.loop import Fit
 from tokenseg.training.train import TrainResult

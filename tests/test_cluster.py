@@ -17,10 +17,10 @@ import pytest
 from phantoms import phantom, write_nifti
 from test_docs import commands
 from tokenseg.cli import main
-from tokenseg.config import SegmentOptions
 from tokenseg.datasets.cases import Case
 from tokenseg.errors import TokenSegError
 from tokenseg.inference.engine import EngineChoice
+from tokenseg.options import SegmentOptions
 from tokenseg.progress import Silent
 from tokenseg.segmentation.cluster import _Workers, hand_out, on_cluster
 from tokenseg.segmentation.cohort import Cohort

@@ -18,7 +18,6 @@ from tokenseg.config import (
     PresetName,
     RunConfig,
     TrainConfig,
-    TrainOptions,
     build_run_config,
     parse_settings,
     read_overrides,
@@ -26,6 +25,7 @@ from tokenseg.config import (
     write_run_config,
 )
 from tokenseg.errors import ConfigError
+from tokenseg.options import TrainOptions
 
 
 def write_toml(folder: Path, tables: dict[str, Any]) -> Path:

@@ -15,9 +15,9 @@ import pytest
 
 import tokenseg.demo
 from tokenseg.cli import main
-from tokenseg.config import SyntheticOptions
 from tokenseg.demo import NAMES, PARTS, DemoResult, DemoSize, demo
 from tokenseg.errors import TrainingError
+from tokenseg.options import SyntheticOptions
 from tokenseg.training.csv_log import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:monai")

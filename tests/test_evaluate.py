@@ -13,7 +13,8 @@ import pytest
 
 from tokenseg.config import Label
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError
-from tokenseg.evaluation.evaluate import CSV_COLUMNS, MEASURES, Evaluation, evaluate_folders, write_csv, write_json
+from tokenseg.evaluation.evaluate import MEASURES, evaluate_folders
+from tokenseg.evaluation.results import CSV_COLUMNS, Evaluation, write_csv, write_json
 
 AFFINE = np.diag([0.5, 1.0, 2.0, 1.0])  # one voxel is one mm3
 SHAPE = (12, 10, 8)

@@ -18,10 +18,10 @@ from dicom_phantoms import write_series
 from faults import KILLED, Server, hashes, leftovers, server_in
 from phantoms import phantom, write_msd, write_nifti
 from test_itk import save
-from tokenseg.config import TrainOptions
 from tokenseg.errors import TokenSegError
 from tokenseg.files import remove_leftovers
 from tokenseg.imaging.volume import read_mask
+from tokenseg.options import TrainOptions
 from tokenseg.progress import Silent
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.privacy import shown_name

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from phantoms import write_nifti
 from plans import make_plan
-from tokenseg.config import PRESETS, Plan, SegmentOptions
+from tokenseg.config import PRESETS, Plan
 from tokenseg.datasets.inputs import InputSize
 from tokenseg.errors import ConfigError
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.memory import MAX_SLABS, parse_memory, plan_memory
 from tokenseg.inference.predict import Manner, segment_scan, segment_volume
+from tokenseg.options import SegmentOptions
 from tokenseg.saved_model.ensemble import Ensemble
 from tokenseg.segmentation.segment import segment_files
 from toy_models import as_stored, job_of, mixing, save_untrained, toy_model, untrained

@@ -14,22 +14,21 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
 from tokenseg.errors import ConfigError, GeometryError
+from tokenseg.evaluation.lesions import LesionCounts, match_lesions
 from tokenseg.evaluation.metrics import (
     CaseLabelScore,
-    LesionCounts,
     bootstrap_interval,
     dice,
     hd95_mm,
     image_diagonal_mm,
     iou,
-    match_lesions,
     normalised_surface_dice,
     relative_volume_error,
     score_label,
-    surface_distances_mm,
     volume_error_ml,
     volume_ml,
 )
+from tokenseg.evaluation.surfaces import surface_distances_mm
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 ANISOTROPIC = (0.7, 1.3, 5.0)

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from phantoms import change_json, write_msd
-from tokenseg.config import TrainOptions
 from tokenseg.datasets.inputs import list_inputs, read_input
 from tokenseg.errors import ModelError
 from tokenseg.evaluation.metrics import bootstrap_interval
 from tokenseg.inference.predict import segment_volume
+from tokenseg.options import TrainOptions
 from tokenseg.saved_model.builtin import MODELS_FOLDER
 from tokenseg.saved_model.checkpoint import describe_model, load_model
 from tokenseg.training.train import train

@@ -15,9 +15,9 @@ from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
 from tokenseg.about import NOTICE
 from tokenseg.cli import main
-from tokenseg.config import SegmentOptions
 from tokenseg.datasets.cases import Case
 from tokenseg.imaging.volume import read_mask
+from tokenseg.options import SegmentOptions
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.privacy import shown_name, without_names
 from tokenseg.segmentation.segment import segment_files

@@ -11,11 +11,12 @@ import torch
 
 from phantoms import write_nifti
 from plans import make_plan
-from tokenseg.config import PRESETS, SegmentOptions
+from tokenseg.config import PRESETS
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.predict import Manner, segment_scan
 from tokenseg.inference.quality import CaseQuality, QualityMeter
 from tokenseg.inference.temperature import calibration_error, cross_fitted_error, fit_temperature, joined, sample_voxels
+from tokenseg.options import SegmentOptions
 from tokenseg.outputs import EXCLUSIVE, REGIONS
 from tokenseg.plan_grid.preprocess import prepare_image
 from tokenseg.plan_grid.restore import slabs_of

@@ -13,7 +13,8 @@ from plans import make_plan
 from test_report_page import EVIL, Outline
 from tokenseg.config import PRESETS, Label
 from tokenseg.datasets.layouts import open_dataset
-from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
+from tokenseg.evaluation.evaluate import evaluate_folders
+from tokenseg.evaluation.results import Evaluation
 from tokenseg.inference.quality import CaseQuality
 from tokenseg.report.reports import (
     evaluation_report,

@@ -18,7 +18,8 @@ from plans import make_plan
 from tokenseg.config import Label
 from tokenseg.datasets.cases import Case
 from tokenseg.datasets.layouts import open_dataset
-from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
+from tokenseg.evaluation.evaluate import evaluate_folders
+from tokenseg.evaluation.results import Evaluation
 from tokenseg.imaging.orientation import to_canonical
 from tokenseg.inference.quality import CaseQuality
 from tokenseg.plan_grid.preprocess import GridRecord

@@ -14,11 +14,12 @@ import tokenseg.inference.predict
 from phantoms import phantom, write_mamamia, write_msd, write_nifti, write_nnunet
 from plans import make_plan
 from tokenseg.cli import main
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import Plan
 from tokenseg.datasets.inputs import list_inputs
 from tokenseg.errors import ConfigError, DataError, FileError, ModelError, TokenSegError
 from tokenseg.imaging.volume import Volume, read_mask, read_volume
 from tokenseg.inference.predict import segment_volume
+from tokenseg.options import SegmentOptions
 from tokenseg.saved_model.checkpoint import Model
 from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.segment import segment_files

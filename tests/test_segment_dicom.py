@@ -17,13 +17,13 @@ from pydicom.uid import generate_uid
 from dicom_phantoms import NUM_SLICES, SIZE, write_enhanced, write_series
 from plans import make_plan
 from tokenseg.cli import main
-from tokenseg.config import SegmentOptions
 from tokenseg.datasets.inputs import list_inputs, read_written_mask
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.imaging.dicom.exam import list_exams, read_exam
 from tokenseg.imaging.dicom.seg import read_seg
 from tokenseg.imaging.dicom_files import DicomFile
 from tokenseg.imaging.volume import read_mask, write_volume
+from tokenseg.options import SegmentOptions
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.segmentation.segment import segment_files
 from toy_models import as_stored, constant, job_of, labels_of, nearest_level, save_untrained, toy_model, untrained

@@ -13,10 +13,10 @@ import tokenseg.segmentation.segment
 from dicom_phantoms import write_series
 from phantoms import phantom, write_nifti
 from tokenseg.cli import main
-from tokenseg.config import SegmentOptions
 from tokenseg.datasets.cases import Case
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.imaging.volume import read_mask
+from tokenseg.options import SegmentOptions
 from tokenseg.saved_model.checkpoint import Model, load_model
 from tokenseg.segmentation.privacy import shown_name
 from tokenseg.segmentation.segment import segment_files

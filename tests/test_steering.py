@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from phantoms import write_nifti
 from plans import make_plan
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import Plan
 from tokenseg.errors import ConfigError
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.predict import segment_volume
@@ -26,6 +26,7 @@ from tokenseg.inference.steering import (
     ramps_of,
 )
 from tokenseg.inference.windows import forward_of, predict_logits, window_corners
+from tokenseg.options import SegmentOptions
 from tokenseg.outputs import EXCLUSIVE, REGIONS
 from tokenseg.plan_grid.coarse import coarse_image
 from tokenseg.plan_grid.preprocess import rows_of

@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tokenseg.config import SyntheticOptions
 from tokenseg.datasets.layouts import load_case, open_dataset
 from tokenseg.errors import ConfigError, DataError, FileError
+from tokenseg.options import SyntheticOptions
 from tokenseg.synthetic import scanner
 from tokenseg.synthetic.datasets import NOTICE, count_lesions, write_datasets
 from tokenseg.synthetic.grid import ScanGrid

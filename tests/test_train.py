@@ -22,9 +22,10 @@ from torch import Tensor
 
 from golden.regenerate import COLUMNS, CURVE, NUM_STEPS, train_shortly
 from phantoms import phantom, write_json, write_mamamia, write_msd, write_nifti, write_nnunet
-from tokenseg.config import NetworkConfig, Plan, TrainConfig, TrainOptions
+from tokenseg.config import NetworkConfig, Plan, TrainConfig
 from tokenseg.errors import ConfigError, DataError, FileError, GeometryError, TokenSegError, TrainingError
 from tokenseg.model.network import TokenSeg, TokenSegOutput
+from tokenseg.options import TrainOptions
 from tokenseg.progress import Silent
 from tokenseg.saved_model.checkpoint import load_model
 from tokenseg.training import loop
@@ -304,7 +305,7 @@ def test_the_loss_curve_is_the_committed_one_and_repeats_bit_for_bit(tmp_path: P
 KILLED = """
 import sys, time
 from pathlib import Path
-from tokenseg.config import TrainOptions
+from tokenseg.options import TrainOptions
 from tokenseg.progress import Silent
 from tokenseg.training.train import train
 from tokenseg.training import loop
@@ -747,7 +748,7 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
 PARALLEL = """
 import json, os, sys
 from pathlib import Path
-from tokenseg.config import TrainOptions
+from tokenseg.options import TrainOptions
 from tokenseg.progress import Silent
 from tokenseg.training.train import train
 

@@ -31,14 +31,16 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenseg.benchmark.peers import monai_unet
-from tokenseg.config import PresetName, SyntheticOptions, TrainOptions
+from tokenseg.config import PresetName
 from tokenseg.datasets.inputs import list_inputs
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.errors import ConfigError, TokenSegError, TrainingError
-from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders
+from tokenseg.evaluation.evaluate import evaluate_folders
 from tokenseg.evaluation.metrics import Interval, bootstrap_interval
+from tokenseg.evaluation.results import Evaluation
 from tokenseg.files import check_writable, write_atomically
 from tokenseg.messages import first_few
+from tokenseg.options import SyntheticOptions, TrainOptions
 from tokenseg.progress import Progress, Silent
 from tokenseg.report.cases import boxes_by_case, evaluation_views
 from tokenseg.report.curves import curves_section

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from phantoms import write_msd
-from tokenseg.config import TrainOptions
+from tokenseg.options import TrainOptions
 from tokenseg.training.csv_log import read_log
 from tokenseg.training.train import train
 

@@ -36,7 +36,8 @@ class Evaluate:
 
     def execute(self) -> int:
         """Score, print the table, write the files asked for."""
-        from tokenseg.evaluation.evaluate import evaluate_folders, write_csv, write_json
+        from tokenseg.evaluation.evaluate import evaluate_folders
+        from tokenseg.evaluation.results import write_csv, write_json
 
         check_outputs(json=self.json, csv=self.csv, report=self.report)
         evaluation = evaluate_folders(self.predictions, self.references, tolerance_mm=self.tolerance_mm)

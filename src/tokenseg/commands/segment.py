@@ -13,8 +13,9 @@ import tyro
 from tokenseg.about import NOTICE
 from tokenseg.commands.preflight import check_outputs
 from tokenseg.commands.terminal import Terminal, say
-from tokenseg.config import DeviceName, EngineName, SegmentOptions
+from tokenseg.config import DeviceName, EngineName
 from tokenseg.errors import ConfigError, TokenSegError
+from tokenseg.options import SegmentOptions
 
 if TYPE_CHECKING:
     from tokenseg.inference.engine import EngineChoice

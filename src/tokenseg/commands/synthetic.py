@@ -11,7 +11,7 @@ import tyro
 
 from tokenseg.commands.preflight import refuse_file
 from tokenseg.commands.terminal import Terminal
-from tokenseg.config import SyntheticOptions
+from tokenseg.options import SyntheticOptions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tokenseg.about import NOTICE
 
 if TYPE_CHECKING:
     from tokenseg.demo import DemoResult
-    from tokenseg.evaluation.evaluate import Evaluation
+    from tokenseg.evaluation.results import Evaluation
 
 
 class Terminal:

@@ -11,8 +11,8 @@ import tyro
 
 from tokenseg.commands.preflight import needs_extra, quieten_training_libraries, refuse_file
 from tokenseg.commands.terminal import Terminal, print_evaluation
-from tokenseg.config import TrainOptions
 from tokenseg.errors import TokenSegError
+from tokenseg.options import TrainOptions
 
 
 @dataclass(frozen=True)

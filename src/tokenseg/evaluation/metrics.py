@@ -19,27 +19,22 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy import ndimage
-from scipy.spatial import cKDTree
+from jaxtyping import Float
 
-from tokenseg.errors import ConfigError, GeometryError
+from tokenseg.errors import ConfigError
+from tokenseg.evaluation.lesions import LesionCounts, match_lesions
+from tokenseg.evaluation.mask_pairs import PredictionMask, SpacingMm, check_same_shape, ratio
+from tokenseg.evaluation.surfaces import SurfaceDistances, surface_distances_mm
 from tokenseg.shapes import BoolMask
 
 METRICS_VERSION = 1
 """Goes up whenever a definition in this file changes, so that numbers can be told apart."""
 
-LESION_MIN_IOU = 0.1
-"""A predicted lesion finds a reference lesion if the two overlap in at least this share of their union."""
 
 # The same distance computed along two paths differs in the last digits; a tolerance of 0.3 mm must include 3 x 0.1 mm.
 _ROUNDING_MM = 1e-6
 
-_NEIGHBOURS_26 = np.ones((3, 3, 3), dtype=bool)
 
-# Three axes; that they are as long as the reference's is checked here, since types are only checked in tests.
-PredictionMask: TypeAlias = Bool[np.ndarray, "_ _ _"]
-SpacingMm: TypeAlias = tuple[float, float, float]
 Status: TypeAlias = Literal["both_present", "both_empty", "missed", "false_positive"]
 
 
@@ -54,31 +49,18 @@ class VoxelCounts(NamedTuple):
     @property
     def dice(self) -> float:
         """See `dice`."""
-        return _ratio(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
+        return ratio(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
 
     @property
     def iou(self) -> float:
         """See `iou`."""
-        return _ratio(self.true_positive, self.true_positive + self.false_positive + self.false_negative)
+        return ratio(self.true_positive, self.true_positive + self.false_positive + self.false_negative)
 
     @property
     def relative_volume_error(self) -> float:
         """See `relative_volume_error`."""
         size_sum = 2 * self.true_positive + self.false_positive + self.false_negative
-        return _ratio(2 * abs(self.false_positive - self.false_negative), size_sum)
-
-
-class LesionCounts(NamedTuple):
-    """Lesions found, invented and overlooked; see `match_lesions` for the matching rule."""
-
-    true_positive: int
-    false_positive: int
-    false_negative: int
-
-    @property
-    def f1(self) -> float:
-        """2 TP / (2 TP + FP + FN), in [0, 1]; NaN where there are no lesions at all."""
-        return _ratio(2 * self.true_positive, 2 * self.true_positive + self.false_positive + self.false_negative)
+        return ratio(2 * abs(self.false_positive - self.false_negative), size_sum)
 
 
 class Interval(NamedTuple):
@@ -87,13 +69,6 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-class SurfaceDistances(NamedTuple):
-    """For each surface voxel of one mask the distance to the nearest surface voxel of the other, in mm, unsorted."""
-
-    reference_to_prediction_mm: Float[np.ndarray, " n"]
-    prediction_to_reference_mm: Float[np.ndarray, " m"]
 
 
 @dataclass(frozen=True)
@@ -171,23 +146,6 @@ def normalised_surface_dice(
     return _surface_dice(surface_distances_mm(reference, prediction, spacing_mm), tolerance_mm)
 
 
-def surface_distances_mm(reference: BoolMask, prediction: PredictionMask, spacing_mm: SpacingMm) -> SurfaceDistances:
-    """Distances between the two surfaces, both ways, between voxel centres.
-
-    A surface voxel is a mask voxel with one of its 6 neighbours outside the mask; beyond the border of the volume is
-    outside. If one of the masks is empty, the distances from the other are infinite.
-
-    Raises:
-        GeometryError: The masks differ in shape, or a spacing is not positive.
-    """
-    _check_same_shape(reference, prediction)
-    _check_spacing(spacing_mm)
-    box = _bounding_box(reference | prediction)
-    reference_mm = _surface_points_mm(reference[box], spacing_mm)
-    prediction_mm = _surface_points_mm(prediction[box], spacing_mm)
-    return SurfaceDistances(_nearest_mm(reference_mm, prediction_mm), _nearest_mm(prediction_mm, reference_mm))
-
-
 def image_diagonal_mm(shape: tuple[int, ...], spacing_mm: SpacingMm) -> float:
     """Length of the diagonal of the whole image, in mm: larger than any distance between two voxel centres."""
     return float(np.linalg.norm(np.asarray(shape) * np.asarray(spacing_mm)))
@@ -204,7 +162,7 @@ def volume_error_ml(reference: BoolMask, prediction: PredictionMask, spacing_mm:
     Raises:
         GeometryError: The masks differ in shape.
     """
-    _check_same_shape(reference, prediction)
+    check_same_shape(reference, prediction)
     return volume_ml(prediction, spacing_mm) - volume_ml(reference, spacing_mm)
 
 
@@ -218,26 +176,6 @@ def relative_volume_error(reference: BoolMask, prediction: PredictionMask) -> fl
         GeometryError: The masks differ in shape.
     """
     return _count_voxels(reference, prediction).relative_volume_error
-
-
-def match_lesions(reference: BoolMask, prediction: PredictionMask) -> LesionCounts:
-    """Count lesions found, invented and overlooked; the F1 is a property of the result.
-
-    Rule "greedy one-to-one at IoU 0.1": lesions are the 26-connected components of each mask. Pairs of a reference and
-    a predicted lesion that overlap in at least `LESION_MIN_IOU` of their union are matched one to one, the largest IoU
-    first (ties: the lesion that comes first in the array). A matched pair is a true positive, a predicted lesion
-    without a partner a false positive, a reference lesion without one a false negative. One prediction that joins two
-    lesions thus finds one of them at most. No lesion is too small to count.
-
-    Raises:
-        GeometryError: The masks differ in shape.
-    """
-    _check_same_shape(reference, prediction)
-    box = _bounding_box(reference | prediction)
-    reference_labels, num_reference = ndimage.label(reference[box], structure=_NEIGHBOURS_26)
-    prediction_labels, num_prediction = ndimage.label(prediction[box], structure=_NEIGHBOURS_26)
-    found = _count_matches(_component_ious(reference_labels, prediction_labels))
-    return LesionCounts(found, num_prediction - found, num_reference - found)
 
 
 def score_label(
@@ -304,29 +242,12 @@ def check_tolerance(tolerance_mm: float) -> None:
         raise ConfigError(f"surface tolerance is {tolerance_mm} mm; give a finite number of millimetres, 0 or more")
 
 
-def _check_same_shape(reference: BoolMask, prediction: PredictionMask) -> None:
-    if reference.shape != prediction.shape:
-        raise GeometryError(
-            f"reference mask has shape {reference.shape}, prediction {prediction.shape}; "
-            "both must be on one grid, resample the prediction to the reference"
-        )
-
-
-def _check_spacing(spacing_mm: SpacingMm) -> None:
-    if not all(np.isfinite(size) and size > 0 for size in spacing_mm):
-        raise GeometryError(f"voxel spacing is {spacing_mm} mm; all three must be positive, mend the image's header")
-
-
 def _count_voxels(reference: BoolMask, prediction: PredictionMask) -> VoxelCounts:
-    _check_same_shape(reference, prediction)
+    check_same_shape(reference, prediction)
     both = int(np.count_nonzero(reference & prediction))
     only_prediction = int(np.count_nonzero(prediction)) - both
     only_reference = int(np.count_nonzero(reference)) - both
     return VoxelCounts(both, only_prediction, only_reference, reference.size - both - only_prediction - only_reference)
-
-
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
 
 
 def _status(distances: SurfaceDistances) -> Status:
@@ -348,47 +269,3 @@ def _hd95_mm(distances: SurfaceDistances, diagonal_mm: float) -> float:
 def _surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float:
     both_ways_mm = np.concatenate(distances)
     return float(np.mean(both_ways_mm <= tolerance_mm + _ROUNDING_MM)) if both_ways_mm.size else float("nan")
-
-
-def _bounding_box(mask: BoolMask) -> tuple[slice, slice, slice]:
-    """Smallest box with all of the mask; an empty box for an empty mask."""
-    boxes = ndimage.find_objects(mask.astype(np.uint8))
-    return boxes[0] if boxes else (slice(0), slice(0), slice(0))
-
-
-def _surface_points_mm(mask: BoolMask, spacing_mm: SpacingMm) -> Float[np.ndarray, "n 3"]:
-    inner = ndimage.binary_erosion(mask)  # 6-neighbourhood; beyond the array counts as outside
-    return np.argwhere(mask & ~inner) * np.asarray(spacing_mm, dtype=np.float64)
-
-
-def _nearest_mm(from_mm: Float[np.ndarray, "n 3"], to_mm: Float[np.ndarray, "m 3"]) -> Float[np.ndarray, " n"]:
-    if len(from_mm) == 0 or len(to_mm) == 0:
-        return np.full(len(from_mm), np.inf)
-    distances_mm, _ = cKDTree(to_mm).query(from_mm)
-    return np.asarray(distances_mm)
-
-
-def _component_ious(
-    reference_labels: Int[np.ndarray, "X Y Z"], prediction_labels: Int[np.ndarray, "X Y Z"]
-) -> Float[np.ndarray, "n 3"]:
-    """Reference label, predicted label and IoU of each pair of components that share a voxel."""
-    reference_sizes = np.bincount(reference_labels.ravel())
-    prediction_sizes = np.bincount(prediction_labels.ravel())
-    shared = (reference_labels > 0) & (prediction_labels > 0)
-    pairs, overlap = np.unique(
-        np.stack([reference_labels[shared], prediction_labels[shared]], axis=1), axis=0, return_counts=True
-    )
-    union = reference_sizes[pairs[:, 0]] + prediction_sizes[pairs[:, 1]] - overlap
-    return np.column_stack([pairs, overlap / union])
-
-
-def _count_matches(pairs: Float[np.ndarray, "n 3"]) -> int:
-    """Greedy one-to-one matching by falling IoU; the sort is stable, so ties keep the order of the array."""
-    candidates = pairs[pairs[:, 2] >= LESION_MIN_IOU]
-    taken_reference: set[int] = set()
-    taken_prediction: set[int] = set()
-    for reference_label, prediction_label, _ in candidates[np.argsort(-candidates[:, 2], kind="stable")]:
-        if reference_label not in taken_reference and prediction_label not in taken_prediction:
-            taken_reference.add(reference_label)
-            taken_prediction.add(prediction_label)
-    return len(taken_reference)

@@ -15,8 +15,8 @@ from tokenseg.datasets.cases import Dataset
 from tokenseg.datasets.inputs import read_input, read_written_mask
 from tokenseg.datasets.layouts import load_image
 from tokenseg.errors import TokenSegError
-from tokenseg.evaluation.evaluate import CaseLabelRow, Evaluation
 from tokenseg.evaluation.metrics import CaseLabelScore
+from tokenseg.evaluation.results import CaseLabelRow, Evaluation
 from tokenseg.imaging.orientation import to_canonical
 from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.plan_grid.intensities import channel_image

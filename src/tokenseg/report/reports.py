@@ -10,7 +10,7 @@ from statistics import median
 
 from tokenseg.config import Plan
 from tokenseg.datasets.cases import Dataset
-from tokenseg.evaluation.evaluate import Evaluation
+from tokenseg.evaluation.results import Evaluation
 from tokenseg.report.cases import (
     boxes_by_case,
     evaluation_views,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tokenseg.evaluation.evaluate import CaseLabelRow, Evaluation, LabelSummary
-from tokenseg.evaluation.metrics import LESION_MIN_IOU, Interval, bootstrap_interval
+from tokenseg.evaluation.lesions import LESION_MIN_IOU
+from tokenseg.evaluation.metrics import Interval, bootstrap_interval
+from tokenseg.evaluation.results import CaseLabelRow, Evaluation, LabelSummary
 from tokenseg.report.charts import Axis, Dot, Strip, axis_over, scatter_chart, strip_chart
 from tokenseg.report.markup import Html, element, join
 from tokenseg.report.page import Section

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import Plan
+from tokenseg.options import SegmentOptions
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.ensemble import Ensemble
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenseg.config import SegmentOptions
 from tokenseg.datasets.cases import Case
 from tokenseg.errors import FileError
 from tokenseg.files import check_writable, writing
@@ -26,6 +25,7 @@ from tokenseg.imaging.formats import IMAGE_ENDINGS, image_ending, image_stem, is
 from tokenseg.imaging.volume import Volume, write_mask
 from tokenseg.inference.quality import is_quality
 from tokenseg.messages import first_few
+from tokenseg.options import SegmentOptions
 from tokenseg.plan_grid.probabilities import is_probabilities
 from tokenseg.plan_grid.restore import painted_values
 from tokenseg.saved_model.checkpoint import ModelFacts

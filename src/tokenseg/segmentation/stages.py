@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import Plan
 from tokenseg.datasets.cases import Case
 from tokenseg.datasets.inputs import describe_input, input_size, read_input
 from tokenseg.errors import TokenSegError
@@ -26,6 +26,7 @@ from tokenseg.imaging.dicom_files import DicomFile
 from tokenseg.imaging.volume import Volume
 from tokenseg.inference.memory import MemoryPlan, parse_memory, plan_memory
 from tokenseg.inference.predict import Manner, Segmented, segment_scan
+from tokenseg.options import SegmentOptions
 from tokenseg.plan_grid.restore import painted_values
 from tokenseg.planning.suitability import check_input
 from tokenseg.progress import Progress

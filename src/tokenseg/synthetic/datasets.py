@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tokenseg.config import SyntheticOptions
 from tokenseg.datasets.dataset_json import read_json
 from tokenseg.datasets.mamamia import LESIONS_NAME
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.imaging.volume import Volume, write_mask, write_volume
 from tokenseg.messages import first_few
+from tokenseg.options import SyntheticOptions
 from tokenseg.progress import Progress, Silent
 from tokenseg.synthetic.exam import NUM_PHASES, Exam, make_exam
 from tokenseg.synthetic.scanner import CentreName

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from tokenseg.config import Plan, SegmentOptions
+from tokenseg.config import Plan
 from tokenseg.datasets.cases import Case
 from tokenseg.datasets.inputs import list_inputs, read_written_mask
 from tokenseg.errors import ConfigError, DataError
@@ -18,6 +18,7 @@ from tokenseg.imaging.volume import Mask, Volume, check_same_grid, read_mask
 from tokenseg.inference.predict import Manner, Segmented, segment_scan
 from tokenseg.inference.token_passes import ScanTokens
 from tokenseg.messages import first_few
+from tokenseg.options import SegmentOptions
 from tokenseg.plan_grid.intensities import select_channels
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.checkpoint import Model

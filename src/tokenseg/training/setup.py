@@ -18,7 +18,6 @@ from tokenseg.config import (
     PositiveInt,
     PresetName,
     RunConfig,
-    TrainOptions,
     build_run_config,
     read_overrides,
     read_run_config,
@@ -30,6 +29,7 @@ from tokenseg.datasets.splits import split_folds
 from tokenseg.errors import ConfigError, DataError
 from tokenseg.files import check_writable, remove_leftovers, write_atomically
 from tokenseg.messages import first_few
+from tokenseg.options import TrainOptions
 from tokenseg.planning.fingerprint import (
     CaseFingerprint,
     Fingerprint,

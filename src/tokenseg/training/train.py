@@ -13,10 +13,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from tokenseg.config import TrainOptions
 from tokenseg.device import choose_device
-from tokenseg.evaluation.evaluate import Evaluation
+from tokenseg.evaluation.results import Evaluation
 from tokenseg.model.network import TokenSeg
+from tokenseg.options import TrainOptions
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.checkpoint import MakeNetwork
 from tokenseg.saved_model.run_folder import RunFolder

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from tokenseg.about import __version__
-from tokenseg.config import SegmentOptions
-from tokenseg.evaluation.evaluate import Evaluation, evaluate_folders, write_csv, write_json
+from tokenseg.evaluation.evaluate import evaluate_folders
+from tokenseg.evaluation.results import Evaluation, write_csv, write_json
 from tokenseg.inference.temperature import calibrate
+from tokenseg.options import SegmentOptions
 from tokenseg.planning.fingerprint import label_volumes_ml
 from tokenseg.progress import Progress
 from tokenseg.report.reports import tokens_of_selected, train_report

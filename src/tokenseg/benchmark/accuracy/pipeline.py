@@ -15,15 +15,7 @@ from tokenseg.benchmark.accuracy.budget import AccuracyOptions
 from tokenseg.benchmark.accuracy.calibration import Build
 from tokenseg.benchmark.accuracy.variants import VARIANTS, count_parameters
 from tokenseg.benchmark.peers import PEERS, make_peer
-from tokenseg.config import (
-    NetworkConfig,
-    Plan,
-    RunConfig,
-    TrainOptions,
-    read_overrides,
-    read_run_config,
-    write_run_config,
-)
+from tokenseg.config import NetworkConfig, Plan, RunConfig, read_overrides, read_run_config, write_run_config
 from tokenseg.datasets.cases import Dataset, Split
 from tokenseg.datasets.layouts import open_dataset
 from tokenseg.datasets.splits import split_folds
@@ -31,6 +23,7 @@ from tokenseg.device import bfloat16_helps, choose_device
 from tokenseg.errors import ConfigError, FileError
 from tokenseg.files import check_writable, write_atomically
 from tokenseg.messages import first_few
+from tokenseg.options import TrainOptions
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.checkpoint import MakeNetwork
 from tokenseg.saved_model.run_folder import RunFolder

@@ -48,7 +48,7 @@ from tokenseg.benchmark.rows import (
     record,
 )
 from tokenseg.errors import FileError, TrainingError
-from tokenseg.evaluation.evaluate import Evaluation
+from tokenseg.evaluation.results import Evaluation
 from tokenseg.files import write_atomically
 from tokenseg.progress import Progress, Silent
 from tokenseg.saved_model.run_folder import RunFolder
