@@ -66,22 +66,24 @@ def main() -> None:
     for scan in arguments.scans:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            _write_scan(folder / "scan.nii", tuple(int(size) for size in scan.split("x")))
+            write_scan(folder / "scan.nii", tuple(int(size) for size in scan.split("x")))
             for num_labels in arguments.labels:
-                _save_model(folder / f"model{num_labels}", num_labels, arguments.plan_mm)
+                save_model_for(folder / f"model{num_labels}", num_labels, arguments.plan_mm)
                 row = _measure(folder, num_labels, arguments.limit, arguments.threads)
                 _append(arguments.csv, {"scan": scan, "plan_mm": f"{arguments.plan_mm:g}", "labels": num_labels, **row})
 
 
-def _write_scan(path: Path, shape: tuple[int, ...]) -> None:
+def write_scan(path: Path, shape: tuple[int, ...]) -> None:
+    """Write noise."""
     noise = np.random.default_rng(0).integers(0, 1000, (64, 64, 64)).astype(np.int16)
     scan = np.tile(noise, [-(-size // 64) for size in shape])[tuple(slice(size) for size in shape)]
     nib.save(nib.Nifti1Image(scan, np.eye(4)), path)
 
 
-def _save_model(folder: Path, num_labels: int, plan_mm: float) -> None:
+def save_model_for(folder: Path, num_labels: int, plan_mm: float, *, window_vox: int = 128) -> None:
+    """Save an untrained model."""
     labels = tuple(Label(name=f"label{n}", values=(n,), output_value=n) for n in range(1, num_labels + 1))
-    size = (128, 128, 128)
+    size = (window_vox, window_vox, window_vox)
     changes = {"labels": labels, "window_vox": size, "whole_limit_vox": size, "spacing_mm": (plan_mm,) * 3}
     plan = make_plan(size).model_copy(update=changes)
     torch.manual_seed(0)

@@ -292,6 +292,21 @@ def test_tokens_are_drawn_in_quarters_by_level(page):
         assert (pixels(shown, "axial") != image).any()
 
 
+def test_tokens_of_each_model_can_be_chosen(page):
+    box = np.array([[[0.0, 0, 0], [10, 12, 5]]])
+
+    def of(name: str, score: float) -> TokenBoxes:
+        return TokenBoxes(name, box, np.array([0]), np.array([score]), np.array([True]))
+
+    with page(view(tokens=(of("fold 0", 0.25), of("fold 1", 0.75)))) as shown:
+        shown.select_option("select.tokens", "score")
+        assert "0.25" in shown.inner_text(".key")
+        shown.select_option("select.token-model", label="fold 1")
+        assert "0.75" in shown.inner_text(".key")
+    with page(view(tokens=(of("alone", 0.5),))) as shown:
+        assert shown.locator("select.token-model").count() == 0
+
+
 def test_picker_changes_the_case(page):
     other = view("two", facts={"tumour": EVIL}, prediction=None)
     with page(view(), other, view(EVIL)) as shown:
