@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import product
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from torch import nn
 
 from plans import make_plan
 from tokenseg.inference.windows import predict_logits, torch_forward
+from tokenseg.model.network import TokenSegOutput
 from tokenseg.training.augment import Window
 from tokenseg.training.batches import TrainingBatches, cut_window, draw_window
 from tokenseg.training.cache import PreparedCase
@@ -33,9 +33,9 @@ def case_of(labels: np.ndarray, case_id: str = "case") -> PreparedCase:
 class Recorder(nn.Module):
     """A network that only remembers what it was given."""
 
-    def forward(self, images: torch.Tensor) -> SimpleNamespace:
+    def forward(self, images: torch.Tensor) -> TokenSegOutput:
         self.seen = images
-        return SimpleNamespace(logits=images)
+        return TokenSegOutput(images, (), None)
 
 
 def blocks(shape: Shape = (20, 20, 20)) -> np.ndarray:

@@ -241,7 +241,8 @@ def _controls(heads: Sequence[_Head]) -> Html:
     ]
     tokens = _choice("tokens", "Tokens", {"": "hidden", "level": "by level", "score": "by score"})
     names = max((head.token_models for head in heads), key=len)
-    models = _choice("token-model", "of", {str(at): name for at, name in enumerate(names)})
+    options = (element("option", name, value=str(at)) for at, name in enumerate(names))
+    models = element("label", "of ", element("select", *options, class_="token-model"), class_="choice")
     return element(
         "div",
         element("div", *switches, class_="switches"),
@@ -251,8 +252,8 @@ def _controls(heads: Sequence[_Head]) -> Html:
         element("label", "Level ", element("input", type="range", class_="level", min="0", max="255", step="1")),
         element("label", "Window ", element("input", type="range", class_="window", min="2", max="510", step="1")),
         element("button", "Reset", type="button", class_="reset"),
-        models if len(names) > 1 else "",
         tokens if names else "",
+        models if len(names) > 1 else "",
         class_="controls",
     )
 
