@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import pytest
@@ -303,3 +304,14 @@ def test_what_is_said_of_quality_signals_comes_from_the_rows() -> None:
     flagged = [sum(row["flags"] != "0" for row in some) for some in (failed, others)]
     assert flagged[0] == 0
     assert f"None of the {len(failed)} failures had a flag, {flagged[1]} other scans had" in page
+
+
+def test_a_report_keeps_the_limit_as_the_rows_say(tables: ModuleType) -> None:
+    rows = tables.rows_of("report_cost.csv")
+    peaks = {way: max(float(row["peak_gb"]) for row in rows if row["report"] == way) for way in ("no", "yes")}
+    assert all(peak < float(row["limit"].removesuffix("GB")) for row in rows for peak in peaks.values())
+    seconds = {(row["round"], row["report"]): float(row["seconds"]) for row in rows}
+    ratio = median(seconds[number, "yes"] / seconds[number, "no"] for number in {row["round"] for row in rows})
+    memory = " ".join((ROOT / "docs" / "memory.md").read_text(encoding="utf-8").split())
+    assert f"at most {peaks['no']:.2f} GB without `--report` and {peaks['yes']:.2f} GB with it" in memory
+    assert f"in {ratio:.2f} times the time (median of three rounds" in memory
